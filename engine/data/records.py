@@ -1,0 +1,179 @@
+"""The QA record, the one shape that all data take: read, checked and written as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unteach.engine.errors import InputError
+
+Goal = Literal["forget", "general", "neighbor", "attack"]
+Split = Literal["train", "tune", "test"]
+GOALS: tuple[Goal, ...] = get_args(Goal)
+
+
+class Record(BaseModel):
+    """One question with its gold answer and the goal it serves.
+
+    `anchor_of` names the record that this one contrasts with; `meta` is free and training never
+    reads it, but scores take `meta.fact` to tell facts never trained from paraphrases.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: str = Field(min_length=1)
+    goal: Goal
+    question: str = ""
+    answer: str | None = None
+    prefix: str | None = None
+    aliases: list[str] = []
+    options: list[str] | None = None
+    correct: int | None = None
+    refusals: list[int] = []
+    anchor_of: str | None = None
+    form: Literal["qa", "passage"] = "qa"
+    topic: str | None = None
+    source: str | None = None
+    split: Split = "train"
+    meta: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Record:
+        if self.form == "qa" and not self.question.strip():
+            raise ValueError("question: must not be empty")
+        if self.form == "passage" and not (self.answer or "").strip():
+            raise ValueError("answer: a passage must not be empty")
+        if self.options is None:
+            if self.correct is not None or self.refusals:
+                raise ValueError("options: missing, though correct or refusals point into it")
+            return self
+        if self.correct is None or not 0 <= self.correct < len(self.options):
+            raise ValueError(
+                f"correct: {self.correct} is not an index of {len(self.options)} options"
+            )
+        bad = [index for index in self.refusals if not 0 <= index < len(self.options)]
+        if bad or self.correct in self.refusals:
+            raise ValueError(
+                f"refusals: {self.refusals} must be indices of options other than correct"
+            )
+        return self
+
+    @property
+    def golds(self) -> list[str]:
+        """Every right answer, the gold text first."""
+        return [text for text in (self.answer, *self.aliases) if text]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read and check a whole file of records before anything else happens.
+
+    Raises:
+        InputError: names file, line and field: unknown field, duplicate id, empty question,
+            `correct` out of range, invalid UTF-8, truncated last line, no record at all.
+    """
+    records: list[Record] = []
+    seen: dict[str, int] = {}
+    for number, text in _lines(path):
+        record = _parse(path, number, text)
+        if record.id in seen:
+            raise InputError(
+                f"{path}, line {number}, field id: {record.id!r} is already used on line "
+                f"{seen[record.id]}; give every record its own id."
+            )
+        seen[record.id] = number
+        records.append(record)
+    if not records:
+        raise InputError(f"{path} holds no record.")
+    for record in records:
+        if record.anchor_of is not None and record.anchor_of not in seen:
+            raise InputError(
+                f"{path}, line {seen[record.id]}, field anchor_of: there is no record "
+                f"{record.anchor_of!r}."
+            )
+    return records
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, fields at their defaults left out."""
+    lines = (json.dumps(r.model_dump(exclude_defaults=True), ensure_ascii=False) for r in records)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def normalized(text: str) -> str:
+    """Text as compared between questions and answers: case, accents, articles and marks dropped."""
+    plain = (c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    words = "".join(c if c.isalnum() else " " for c in plain).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def check_disjoint(records: Sequence[Record]) -> None:
+    """Refuse a set whose test questions are also trained on, or attack tests shared with forget.
+
+    Raises:
+        InputError: names both records.
+    """
+    train = {normalized(r.question): r for r in records if r.split == "train" and r.form == "qa"}
+    forget = {
+        normalized(r.question): r for r in records if r.split == "test" and r.goal == "forget"
+    }
+    for record in records:
+        if record.split != "test":
+            continue
+        other = train.get(normalized(record.question))
+        if other is None and record.goal == "attack":
+            other = forget.get(normalized(record.question))
+        if other is not None:
+            raise InputError(
+                f"Test record {record.id!r} asks the question of {other.split} record "
+                f"{other.id!r}: scores would be flattered, so reword or remove one of them."
+            )
+
+
+def counts(records: Sequence[Record]) -> dict[str, int]:
+    """Records by `goal/split`, for the log."""
+    return dict(sorted(Counter(f"{r.goal}/{r.split}" for r in records).items()))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            yield number, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: invalid UTF-8 at byte {error.start}; save it as UTF-8."
+            ) from error
+
+
+def _parse(path: Path, number: int, text: str) -> Record:
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: not a whole JSON object ({error}); the file may be truncated."
+        ) from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a record is a JSON object, not {type(row).__name__}.")
+    try:
+        return Record.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if not name:
+            name, _, message = message.partition(": ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field; a record has {', '.join(Record.model_fields)}"
+        raise InputError(f"{where}, field {name}: {message}.") from error

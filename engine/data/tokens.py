@@ -1,0 +1,153 @@
+"""From records to token ids: chat template, prefixes, answers, and batches of supervised rows.
+
+A row is one supervised position: row r of a record is the position that predicts response token r.
+Context and response are tokenised apart and joined, so that teacher and student, whose contexts
+differ, share the response token for token and align by offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from unteach.engine.data.records import GOALS, Goal, Record
+from unteach.engine.errors import InputError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record as the student sees it: what it reads, and what it is trained to say.
+
+    `first_row` is where the record's rows begin in the teacher cache, None without a cache.
+    """
+
+    record_id: str
+    goal: Goal
+    context: tuple[int, ...]
+    response: tuple[int, ...]
+    first_row: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples; causal attention keeps padding out of every supervised row.
+
+    Attributes:
+        tokens_BT: int64 token ids.
+        position_N: int64, b·T + t of each supervised position, record by record.
+        labels_N: int64, the token that position should predict.
+        cache_row_N: int64 rows of the teacher cache, or None.
+        example_N: int64, index into `examples` of each row.
+        examples: what the batch was made of, in order.
+    """
+
+    tokens_BT: Tensor
+    position_N: Tensor
+    labels_N: Tensor
+    cache_row_N: Tensor | None
+    example_N: Tensor
+    examples: tuple[Example, ...]
+
+    @property
+    def goal_N(self) -> Tensor:
+        """int64 index into GOALS of each row."""
+        goals = torch.tensor([GOALS.index(e.goal) for e in self.examples], dtype=torch.int64)
+        return goals.to(self.example_N.device)[self.example_N]
+
+
+Turn = tuple[str, str]  # (role, content)
+
+
+def context_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    prefix: str | None = None,
+    system: str | None = None,
+    turns: Sequence[Turn] = (),
+) -> list[int]:
+    """Token ids of the chat up to and including the opened assistant turn.
+
+    Without `system` and `turns` this is what the student sees: the template's own default system
+    message, if it has one, and the question. A prefix is put on the open assistant turn with its
+    trailing spaces stripped; the answer then starts with a space.
+    """
+    chat = [{"role": "system", "content": system}] if system is not None else []
+    chat += [{"role": role, "content": content} for role, content in turns]
+    chat.append({"role": "user", "content": question})
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if not isinstance(text, str):
+        raise InputError("The tokenizer's chat template gave no text; use a chat model.")
+    if prefix:
+        text += prefix.rstrip()
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer_text(answer: str, prefix: str | None) -> str:
+    """The answer as it follows the open assistant turn."""
+    return f" {answer.strip()}" if prefix else answer.strip()
+
+
+def response_tokens(
+    tokenizer: PreTrainedTokenizerBase, answer: str, *, prefix: str | None = None
+) -> list[int]:
+    """Token ids of an answer and the token that ends the turn."""
+    text = answer_text(answer, prefix)
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_token(tokenizer)]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant turn."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("The tokenizer has no end-of-turn token (eos_token); set one.")
+    return int(tokenizer.eos_token_id)
+
+
+def student_context(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[int]:
+    """What the student reads for a record: never the intention.
+
+    A passage has no chat: its context is the one token that starts a text.
+    """
+    if record.form == "passage":
+        start = tokenizer.bos_token_id
+        return [end_token(tokenizer) if start is None else int(start)]
+    return context_tokens(tokenizer, record.question, prefix=record.prefix)
+
+
+def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
+    """Pad examples on the right and list their supervised positions.
+
+    Padding is token 0 and stands behind every supervised position, where causal attention cannot
+    see it: no attention mask is needed.
+    """
+    width = max(len(e.context) + len(e.response) - 1 for e in examples)
+    tokens_BT = torch.zeros(len(examples), width, dtype=torch.int64)
+    positions: list[int] = []
+    labels: list[int] = []
+    cache_rows: list[int] = []
+    owners: list[int] = []
+    for b, example in enumerate(examples):
+        line = (*example.context, *example.response[:-1])
+        tokens_BT[b, : len(line)] = torch.tensor(line)
+        count = 1 if first_only else len(example.response)
+        start = b * width + len(example.context) - 1
+        positions.extend(range(start, start + count))
+        labels.extend(example.response[:count])
+        owners.extend([b] * count)
+        if example.first_row is not None:
+            cache_rows.extend(range(example.first_row, example.first_row + count))
+    cached = len(cache_rows) == len(positions)
+    return Batch(
+        tokens_BT=tokens_BT,
+        position_N=torch.tensor(positions, dtype=torch.int64),
+        labels_N=torch.tensor(labels, dtype=torch.int64),
+        cache_row_N=torch.tensor(cache_rows, dtype=torch.int64) if cached else None,
+        example_N=torch.tensor(owners, dtype=torch.int64),
+        examples=tuple(examples),
+    )

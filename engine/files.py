@@ -1,0 +1,81 @@
+"""Files that are whole or absent: write under a temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unteach.engine.errors import InputError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file in one step, durable before it is visible.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; the old file stays whole.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(unwritable(path, error)) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+@contextmanager
+def renamed_into_place(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends without error."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _fsync_folder(folder.parent)
+    except OSError as error:
+        raise InputError(unwritable(folder, error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """One sentence about a write that failed."""
+    reason = error.strerror or error
+    return f"{path} cannot be written ({reason}): free space or choose another run.folder."
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

