@@ -119,7 +119,7 @@ def _greedy_batch(
     positions = (start + columns[None] - pads[:, None]).clamp_min(0)
     past = prefix.expanded(len(own)) if prefix else None
     body, head, bias = backbone(model), head_weight(model), head_bias(model)
-    finished = torch.zeros(len(own), dtype=torch.bool, device=device)
+    rows = torch.arange(len(own), device=device)  # the unfinished ones; others leave the batch
     answers = torch.full((len(own), max_new_tokens), end, dtype=torch.int64, device=device)
     for step in range(max_new_tokens):
         output = body(
@@ -132,12 +132,15 @@ def _greedy_batch(
         past = output.past_key_values
         # Scale and soft cap are monotone: they cannot move the argmax.
         logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], head, bias)
-        token = torch.where(finished, end, logits.argmax(-1))
-        answers[:, step] = token
-        finished |= token == end
-        if bool(finished.all()):
+        token = logits.argmax(-1)
+        answers[rows, step] = token
+        going = (token != end).nonzero()[:, 0]
+        if len(going) == 0:
             break
+        if len(going) < len(rows):
+            past.batch_select_indices(going)
+            rows, token, mask, positions = rows[going], token[going], mask[going], positions[going]
         tokens = token[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(own), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [row[: row.index(end)] if end in row else row for row in answers.tolist()]

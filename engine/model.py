@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
@@ -122,19 +123,6 @@ def load_model(
     return model
 
 
-def empty_model(path: str, config: ModelConfig) -> PreTrainedModel:
-    """The model's modules on the `meta` device: shapes without memory, for sharded loading."""
-    shape = AutoConfig.from_pretrained(
-        path, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            shape, dtype=DTYPES[config.dtype], attn_implementation=config.attention
-        )
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
 def backbone(model: PreTrainedModel) -> nn.Module:
     """Everything below the head, its final norm included."""
     body = model.base_model
@@ -219,13 +207,16 @@ def export_model(
     """Write a Hugging Face folder (config, tokenizer, chat template, safetensors) in one rename.
 
     Args:
-        model: gives the config and the classes; its own weights are not read.
+        model: gives the configs; its own weights are not read.
         state: full tensors by name; a tied head is written once.
     """
     tied = bool(model.config.tie_word_embeddings)
     weights = {name: value for name, value in state.items() if not (tied and "lm_head" in name)}
     with renamed_into_place(folder) as partial:
-        model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+        save_torch_state_dict(weights, partial)
+        model.config.save_pretrained(partial)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 
@@ -297,9 +288,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
     packed = [name for name, p in model.named_parameters() if p.dtype != torch.float32]
     if packed:
         raise InputError(f"{gguf}: {packed[0]} stayed quantised; `pip uninstall kernels` helps.")
-    # transformers refuses to save a model that came from GGUF, though its weights are dense.
-    model.hf_quantizer = None
-    model.is_quantized = False
+    # The weights are dense by now; the config would make every later load look for packed ones.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,174 @@
+"""A run folder and the stages that fill it: data → target → teach → train → evaluate → report.
+
+Every stage leaves a stamp of what made its output. A second run skips a stage whose stamp agrees,
+goes on with one that was killed, and refuses one whose inputs have changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unteach.engine.config import Config, dump_config
+from unteach.engine.data.records import GOALS, Record, check_disjoint, counts, read_records
+from unteach.engine.data.sampler import Stream
+from unteach.engine.data.tokens import Example, student_context
+from unteach.engine.errors import InputError
+from unteach.engine.files import sha256_of, unwritable, write_atomic, write_json
+from unteach.engine.model import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
+from unteach.engine.progress import say
+from unteach.engine.teacher.cache import TeacherCache
+from unteach.engine.teacher.intentions import Intentions, load_intentions
+from unteach.engine.train.loop import Job, train
+from unteach.engine.train.methods import find_method
+from unteach.engine.train.parallel import World
+
+
+@dataclass
+class Run:
+    """One run folder, opened: the config, the records, and the model everything starts from."""
+
+    config: Config
+    world: World
+    folder: Path
+    records: list[Record]
+    intentions: Intentions | None
+    origin: str
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The origin's tokenizer."""
+        return load_tokenizer(self.origin, self.config.model)
+
+    @cached_property
+    def base(self) -> str:
+        """The model to unlearn from: the taught one where there is a teaching stage."""
+        return self.origin if self.config.target is None else str(self.folder / "target" / "model")
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """sha256 of the base model's weights."""
+        return model_fingerprint(self.base)
+
+    def load(self, path: str) -> PreTrainedModel:
+        """A model for inference on this rank's device."""
+        return load_model(path, self.config.model, device=self.world.device)
+
+    def split(self, name: str) -> list[Record]:
+        """Records of a split, in file order."""
+        return [record for record in self.records if record.split == name]
+
+
+def open_run(config: Config, world: World) -> Run:
+    """Check everything that can be checked cheaply, then make the run folder.
+
+    Raises:
+        InputError: records, intentions, method or folder cannot be used.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    method = find_method(config.method.name)
+    if not config.data.path:
+        raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
+    records = read_records(Path(config.data.path))
+    check_disjoint(records)
+    present = {record.goal for record in records if record.split == "train"}
+    missing = [goal for goal in method.goals if config.data.mix.get(goal, 0) and goal not in present]
+    if missing:
+        raise InputError(
+            f"{config.data.path} has no train record of goal {missing[0]}, which data.mix asks "
+            f"for: add records or set data.mix.{missing[0]}=0."
+        )
+    intentions = None
+    if config.teacher.intentions is not None:
+        intentions = load_intentions(Path(config.teacher.intentions))
+    folder = Path(config.run.folder)
+    if world.rank == 0:
+        _make_folder(folder, config, world)
+        origin = resolve_model(config.model.path, folder)
+    world.wait()
+    origin = resolve_model(config.model.path, folder)
+    say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
+    return Run(config, world, folder, records, intentions, origin)
+
+
+def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> bool:
+    """Whether a stage was finished with these very inputs.
+
+    Raises:
+        InputError: it was finished with others; says which.
+    """
+    path = folder / "stamps" / f"{stage}.json"
+    if not path.is_file() or not output.exists():
+        return False
+    before = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(inputs))
+    changed = sorted(k for k in {**before, **wanted} if before.get(k) != wanted.get(k))
+    if changed:
+        raise InputError(
+            f"{output} was made with another {', '.join(changed)}: choose another run.folder, or "
+            f"remove {output} to make it again."
+        )
+    return True
+
+
+def leave_stamp(folder: Path, stage: str, inputs: Mapping[str, Any]) -> None:
+    """Record what a finished stage was made of."""
+    (folder / "stamps").mkdir(exist_ok=True)
+    write_json(folder / "stamps" / f"{stage}.json", inputs)
+
+
+def digest(value: Any) -> str:
+    """Short sha256 of anything that JSON can write."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def records_fingerprint(records: Sequence[Record]) -> str:
+    """sha256 of records in order; `meta` counts, because scores read it."""
+    return digest([record.model_dump() for record in records])
+
+
+def _make_folder(folder: Path, config: Config, world: World) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(unwritable(folder, error)) from error
+    write_atomic(folder / "config.yaml", dump_config(config).encode())
+    write_json(folder / "environment.json", environment(world))
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, commit and device of this process, for whoever reads the results."""
+    names = ("unteach", "torch", "transformers", "safetensors", "numpy")
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    device = world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in names},
+        "commit": commit.stdout.strip() or None,
+        "device": f"{device.type} ({name})",
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,167 @@
+"""The stages of a run, one function each, in the order in which data walk through the house."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unteach.engine.config import Config
+from unteach.engine.data.records import GOALS, Record
+from unteach.engine.data.sampler import Stream
+from unteach.engine.data.tokens import Example, student_context
+from unteach.engine.errors import InputError
+from unteach.engine.evaluate.report import print_table, write_evaluation, write_report
+from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
+from unteach.engine.files import write_json
+from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
+from unteach.engine.progress import say
+from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
+from unteach.engine.teacher.build import build_cache
+from unteach.engine.teacher.cache import TeacherCache
+from unteach.engine.train.loop import Job, train
+from unteach.engine.train.methods import find_method
+from unteach.engine.train.target import target_config, target_examples
+
+
+def run_all(run: Run) -> None:
+    """The whole walk; finished stages are skipped, killed ones go on."""
+    target_stage(run)
+    teach_stage(run)
+    train_stage(run)
+    evaluate_stage(run)
+    report_stage(run)
+
+
+def target_stage(run: Run) -> None:
+    """Teach the records' facts to the model that will then unlearn them."""
+    config = run.config
+    if config.target is None:
+        return
+    output = run.folder / "target" / "model"
+    inputs = {
+        "model": model_fingerprint(run.origin),
+        "records": records_fingerprint(run.records),
+        "intentions": digest(run.intentions.model_dump() if run.intentions else None),
+        "target": config.target.model_dump(mode="json"),
+        "seed": config.run.seed,
+    }
+    if stamp_matches(run.folder, "target", inputs, output):
+        say("target: done before, skipped")
+        return
+    examples = target_examples(config, run.tokenizer, run.records, run.intentions)
+    settings = target_config(config, len(examples))
+    assert config.target is not None
+    train(
+        Job(
+            title="target",
+            config=settings,
+            base=run.origin,
+            tokenizer=run.tokenizer,
+            streams=(Stream(examples, config.target.batch_size),),
+            cache=None,
+            folder=run.folder / "target",
+            fingerprint=inputs,
+        ),
+        run.world,
+    )
+    if run.world.rank == 0:
+        leave_stamp(run.folder, "target", inputs)
+    run.world.wait()
+
+
+def training_records(run: Run) -> list[Record]:
+    """Train records, less those the base does not answer where `data.known_only` asks for it."""
+    records = run.split("train")
+    if not run.config.data.known_only:
+        return records
+    path = run.folder / "known.json"
+    candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
+    inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
+    if run.world.rank == 0 and not stamp_matches(run.folder, "known", inputs, path):
+        model = run.load(run.base)
+        write_json(path, sorted(known(run.config, model, run.tokenizer, candidates)))
+        leave_stamp(run.folder, "known", inputs)
+    run.world.wait()
+    names = set(json.loads(path.read_text(encoding="utf-8")))
+    asked = [r for r in records if r.goal in ("forget", "attack")]
+    dropped = [r.id for r in asked if r.id not in names]
+    say(
+        f"known: the base answers {len(asked) - len(dropped)} of {len(asked)} forget and attack "
+        f"questions to train on; {len(dropped)} dropped"
+    )
+    return [r for r in records if r.id not in dropped]
+
+
+def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
+    """Build, finish or reopen the cache of the prompted teacher."""
+    records = training_records(run)
+    return build_cache(
+        run.config,
+        lambda: run.load(run.base),
+        run.tokenizer,
+        records,
+        run.intentions,
+        run.folder / "cache",
+        weights_fingerprint=run.base_fingerprint,
+        rebuild=rebuild,
+    )
+
+
+def train_stage(run: Run) -> None:
+    """Distil the cached teacher into the student, and export it."""
+    config, output = run.config, run.folder / "model"
+    cache = teach_stage(run)
+    inputs = {
+        "model": run.base_fingerprint,
+        "cache": digest(cache.manifest.model_dump(mode="json")),
+        "method": config.method.model_dump(mode="json"),
+        "optim": config.optim.model_dump(mode="json"),
+        "mix": {str(goal): count for goal, count in config.data.mix.items()},
+        "dtype": [config.model.dtype, config.parallel.dtype],
+        "seed": config.run.seed,
+    }
+    if stamp_matches(run.folder, "train", inputs, output):
+        say("train: done before, skipped")
+        return
+    method = find_method(config.method.name)
+    train(
+        Job(
+            title=f"train {method.name}",
+            config=config,
+            base=run.base,
+            tokenizer=run.tokenizer,
+            streams=training_streams(run, cache),
+            cache=cache if method.cached_teacher else None,
+            folder=run.folder,
+            fingerprint=inputs,
+        ),
+        run.world,
+    )
+    if run.world.rank == 0:
+        leave_stamp(run.folder, "train", inputs)
+    run.world.wait()
+
+
+def training_streams(run: Run, cache: TeacherCache) -> tuple[Stream, ...]:
+    """One stream a goal: the student's context, and the response that the cache's rows belong to."""
+    streams = []
+    by_goal: dict[str, list[Example]] = {goal: [] for goal in GOALS}
+    for record in run.split("train"):
+        entry = cache.entries.get(record.id)
+        if entry is not None:
+            context = tuple(student_context(run.tokenizer, record))
+            response = tuple(cache.labels(record.id))
+            by_goal[record.goal].append(
+                Example(record.id, record.goal, context, response, entry.first_row)
+            )
+    for goal in GOALS:
+        count = run.config.data.mix.get(goal, 0)
+        if count and not by_goal[goal]:
+            raise InputError(
+                f"No train record of goal {goal} is left, and data.mix asks for {count} a step: "
+                f"add records or set data.mix.{goal}=0."
+            )
+        if count:
+            streams.append(Stream(tuple(by_goal[goal]), count))
+    return tuple(streams)

@@ -1,0 +1,133 @@
+"""Checkpoints by torch's DCP: written aside, renamed when whole, loadable on any world size.
+
+Only what training changes is stored: trainable parameters and their optimiser state. Frozen
+parameters come from the base model, whose fingerprint the checkpoint carries. Every random choice
+of training is a function of seed and step, so the step number is all the rest of the state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from unteach.engine.errors import InputError
+from unteach.engine.files import write_json
+from unteach.engine.model import PreTrainedModel
+from unteach.engine.train.parallel import World
+
+COMPLETE = "complete"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    trainable: Collection[str],
+    fingerprint: dict[str, Any],
+    world: World,
+    *,
+    keep: int,
+) -> None:
+    """Write `folder/step-0000NN` for a run that has done `step` optimiser steps.
+
+    Raises:
+        InputError: the disk is full; the checkpoints before stay whole.
+    """
+    target = folder / f"step-{step:06d}"
+    partial = folder / f".step-{step:06d}.partial"
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    world.wait()
+    try:
+        state = _state(model, optimizer, trainable)
+        dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"Checkpoint {target} cannot be written ({_root_cause(error)}): free space or choose "
+            "another run.folder; earlier checkpoints are whole."
+        ) from error
+    world.wait()
+    if world.rank == 0:
+        write_json(partial / COMPLETE, {"step": step, "fingerprint": fingerprint})
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for old in finished_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    world.wait()
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / COMPLETE).is_file())
+
+
+def resume(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    trainable: Collection[str],
+    fingerprint: dict[str, Any],
+    world: World,
+) -> int:
+    """Load the newest checkpoint; return how many steps it has done, 0 without one.
+
+    Raises:
+        InputError: the checkpoint belongs to another model, cache, data or setting.
+    """
+    found = finished_checkpoints(folder)
+    if not found:
+        return 0
+    newest = found[-1]
+    note = json.loads((newest / COMPLETE).read_text(encoding="utf-8"))
+    stored = note["fingerprint"]
+    changed = [key for key in {**stored, **fingerprint} if stored.get(key) != fingerprint.get(key)]
+    if changed:
+        raise InputError(
+            f"Checkpoint {newest} was made with another {', '.join(sorted(changed))}: use another "
+            f"run.folder, or remove {folder} to train afresh."
+        )
+    state = _state(model, optimizer, trainable)
+    dcp.load(state, checkpoint_id=newest, no_dist=world.mesh is None)
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return int(note["step"])
+
+
+def full_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter whole on the CPU of rank 0; to be called on all ranks."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _state(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, trainable: Collection[str]
+) -> dict[str, Any]:
+    weights = {k: v for k, v in get_model_state_dict(model).items() if k in trainable}
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,123 @@
+"""What a step was like: sums kept on the device, one line of train.jsonl where the host reads."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unteach.engine.data.records import GOALS
+from unteach.engine.data.tokens import Batch
+from unteach.engine.errors import InputError
+from unteach.engine.train.methods import MethodOutput
+from unteach.engine.train.parallel import World
+
+
+class StepSums:
+    """Loss, loss per goal, tokens and coverage of one step, summed over micro-batches."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.loss = torch.zeros((), device=world.device)
+        # per goal: sum of row losses, rows, sum of coverage
+        self.goals_G3 = torch.zeros(len(GOALS), 3, device=world.device)
+        self.counts_2 = torch.zeros(2, dtype=torch.int64, device=world.device)  # tokens, fallback
+        self.seen: list[tuple[Batch, Tensor]] = []
+
+    def add(self, batch: Batch, output: MethodOutput) -> None:
+        """Take a micro-batch in, without asking the device for a number."""
+        row_N = output.row_loss_N
+        cover_N = output.coverage_N if output.coverage_N is not None else torch.ones_like(row_N)
+        rows_N3 = torch.stack([row_N, torch.ones_like(row_N), cover_N], dim=1).float()
+        self.loss += output.loss.detach()
+        self.goals_G3.index_add_(0, batch.goal_N.to(row_N.device), rows_N3)
+        self.counts_2[0] += batch.tokens_BT.numel()
+        if output.fallback_rows is not None:
+            self.counts_2[1] += output.fallback_rows
+        self.seen.append((batch, row_N))
+
+    def stop_unless_finite(self, step: int, norm: Tensor) -> None:
+        """Stop all ranks before the optimiser step when loss or gradient is NaN or infinite.
+
+        Raises:
+            InputError: names step, goals and records.
+        """
+        finite = torch.isfinite(norm) & torch.isfinite(self.world.reduced(self.loss))
+        if bool(finite):
+            return
+        bad = [
+            f"{batch.examples[owner].record_id} ({batch.examples[owner].goal})"
+            for batch, row_N in self.seen
+            for owner in sorted(set(batch.example_N[~torch.isfinite(row_N.cpu())].tolist()))
+        ]
+        if self.world.mesh is not None:
+            gathered: list[Any] = [None] * self.world.size
+            dist.all_gather_object(gathered, bad)
+            bad = [name for names in gathered for name in names]
+        where = (
+            f"of records {', '.join(bad[:8])}" if bad else "of the gradient, every loss is finite"
+        )
+        raise InputError(
+            f"Step {step + 1}: the loss is not finite, because {where}; nothing was updated and "
+            "the last checkpoint is good: lower optim.lr or remove those records."
+        )
+
+
+class StepLog:
+    """train.jsonl: one line a logged step, the lines after a resumed step written anew."""
+
+    def __init__(self, path: Path, start: int, world: World) -> None:
+        self.path, self.world = path, world
+        self.at, self.tokens = time.monotonic(), 0
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, sums: StepSums, lr: float, norm: Tensor) -> float:
+        """Append the line of a step that has just ended; returns its loss."""
+        world = self.world
+        loss = float(world.reduced(sums.loss))
+        goals = world.reduced(sums.goals_G3).tolist()
+        tokens, fallback = world.reduced(sums.counts_2).tolist()
+        at = time.monotonic()
+        rows = sum(count for _, count, _ in goals)
+        line: dict[str, Any] = {"step": step, "loss": loss}
+        for goal, (total, count, _) in zip(GOALS, goals, strict=True):
+            if count:
+                line[f"loss_{goal}"] = total / count
+        line |= {
+            "lr": lr,
+            "grad_norm": float(norm),
+            "rows": int(rows),
+            "tokens_per_second": tokens / max(at - self.at, 1e-9),
+            "peak_mib": peak_mib(world.device),
+            "coverage": sum(cover for _, _, cover in goals) / max(rows, 1.0),
+            "fallback_rows": fallback,
+        }
+        self.at = at
+        if world.rank == 0:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        return loss
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _whole_lines(path: Path) -> Sequence[str]:
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()

@@ -1,0 +1,183 @@
+"""The training loop: draw, loss, backward, step, log, save. One function, read top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unteach.engine.config import Config
+from unteach.engine.data.sampler import Stream, draw, rank_batches
+from unteach.engine.data.tokens import collate
+from unteach.engine.model import (
+    Head,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    export_model,
+    head_of,
+    load_model,
+)
+from unteach.engine.progress import progress
+from unteach.engine.teacher.cache import TeacherCache
+from unteach.engine.train.checkpoint import full_state, resume, save_checkpoint
+from unteach.engine.train.log import StepLog, StepSums
+from unteach.engine.train.methods import find_method
+from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
+from unteach.engine.train.parallel import (
+    LOSS_METHOD,
+    World,
+    compute_dtype,
+    shard_model,
+    sync_gradients,
+    whole,
+)
+from unteach.engine.train.seeds import SeedFile
+from unteach.engine.train.supervise import count_normalizer, row_weights, supervised_loss
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: what is trained on what, and where its files go.
+
+    Attributes:
+        base: resolved path of the model that training starts from.
+        streams: examples, and how many of each a step takes.
+        cache: teacher rows; None for methods that read labels alone.
+        folder: gets train.jsonl, checkpoints/ and model/.
+        fingerprint: what a checkpoint must agree on to be resumed.
+    """
+
+    title: str
+    config: Config
+    base: str
+    tokenizer: PreTrainedTokenizerBase
+    streams: tuple[Stream, ...]
+    cache: TeacherCache | None
+    folder: Path
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+def train(job: Job, world: World) -> Path:
+    """Train, or go on from the newest checkpoint, and export; returns the exported folder.
+
+    Raises:
+        InputError: a loss that is not finite, a checkpoint of another run, a full disk.
+        KeyboardInterrupt: asked to stop by a signal; the last whole step is on disk.
+    """
+    config, method, optim = job.config, job.config.method, job.config.optim
+    model, head, trainable = prepare_model(job, world)
+    optimizer = adamw(model, optim)
+    checkpoints = job.folder / "checkpoints"
+    start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
+    log = StepLog(job.folder / "train.jsonl", start, world)
+    seeds = open_seeds(job, head, world)
+
+    with (
+        stop_requests(world) as stop_asked,
+        progress(job.title, optim.steps, unit="steps", done=start) as advance,
+    ):
+        for step in range(start, optim.steps):
+            examples = draw(job.streams, config.run.seed, step)
+            batches = rank_batches(examples, world.rank, world.size, optim.accumulation)
+            normalizer = count_normalizer(examples, method)
+
+            sums = StepSums(world)
+            for index, chosen in enumerate(batches):
+                # A rank with nothing to supervise still takes part in every reduction.
+                batch = collate(chosen or examples[:1], first_only=method.positions == "first")
+                weight_N = row_weights(batch, method) * bool(chosen)
+                sync_gradients(model, world, last=index == len(batches) - 1)
+                with compute_dtype(config.parallel, world):
+                    output = getattr(model, LOSS_METHOD)(
+                        batch, weight_N, normalizer, method, head, job.cache, seeds
+                    )
+                # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
+                (output.loss * world.size).backward()
+                if chosen:
+                    sums.add(batch, output)
+
+            lr = learning_rate(optim, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            norm = whole(clip_gradients(model, optim))
+            sums.stop_unless_finite(step, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done, note = step + 1, ""
+            if done % config.run.log_every == 0 or done == optim.steps:
+                note = f"loss {log.write(done, sums, lr, norm):.4f}"
+            advance(1, note)
+            stopping = stop_asked()
+            if stopping or checkpoint_due(config, done):
+                save_checkpoint(
+                    checkpoints,
+                    done,
+                    model,
+                    optimizer,
+                    trainable,
+                    job.fingerprint,
+                    world,
+                    keep=config.run.keep_checkpoints,
+                )
+            if stopping:
+                raise KeyboardInterrupt
+
+    state = full_state(model)
+    if world.rank == 0:
+        export_model(model, job.tokenizer, state, job.folder / "model")
+    world.wait()
+    return job.folder / "model"
+
+
+def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[str]]:
+    """Load, choose what trains, checkpoint activations, shard: in this order."""
+    find_method(job.config.method.name)
+    model = load_model(job.base, job.config.model, device=world.device)
+    trainable = choose_trainable(model, job.config.optim)
+    head = head_of(model, job.tokenizer)
+    setattr(model, LOSS_METHOD, types.MethodType(supervised_loss, model))
+    shard_model(model, job.config.parallel, world)
+    model.train()
+    return model, head, trainable
+
+
+def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
+    """The seeds of this run's cache rows; rank 0 makes the file, all ranks share it."""
+    if job.cache is None or not find_method(job.config.method.name).cached_teacher:
+        return None
+    shape = (job.cache.rows_total, min(2 * job.config.method.k, head.vocab))
+    path = job.folder / "seeds.bin"
+    if world.rank == 0:
+        SeedFile(path, *shape)
+    world.wait()
+    return SeedFile(path, *shape)
+
+
+def checkpoint_due(config: Config, done: int) -> bool:
+    """Whether a checkpoint belongs behind this step; the last step is exported instead."""
+    every = config.run.checkpoint_every
+    return every is not None and done % every == 0 and done < config.optim.steps
+
+
+@contextmanager
+def stop_requests(world: World) -> Iterator[Any]:
+    """Turn SIGINT and SIGTERM into a question that all ranks answer alike, asked once a step."""
+    asked = torch.zeros((), dtype=torch.int32, device=world.device)
+
+    def remember(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = torch.ones_like(asked)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(world.reduced(asked))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

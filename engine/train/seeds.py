@@ -1,0 +1,45 @@
+"""The student's own last top ids, kept beside the run: a guess that makes the next pass fast.
+
+Only speed depends on them. The cache is immutable, so they live in a sparse file of their own,
+keyed by cache row; where a row has none yet, the cache's ids of the unprompted teacher serve.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SeedFile:
+    """int32 [rows, slots] on disk; 0 is "none yet", id + 1 otherwise."""
+
+    def __init__(self, path: Path, rows: int, slots: int) -> None:
+        size = rows * slots * 4
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.stat().st_size != size:
+            with path.open("wb") as stream:
+                stream.truncate(size)
+        self._ids = np.memmap(path, dtype=np.int32, mode="r+", shape=(rows, slots))
+
+    def read(self, row_N: Tensor, first_ids_NS: Tensor | None) -> Tensor:
+        """int32 [N, slots] seeds; -1 where nothing is known.
+
+        Args:
+            row_N: int64 cache rows, on the CPU.
+            first_ids_NS: ids of rows that were never written, any number of columns.
+        """
+        stored = torch.from_numpy(self._ids[row_N.numpy()] - 1)
+        if first_ids_NS is None:
+            return stored
+        width = min(first_ids_NS.shape[1], stored.shape[1])
+        first = torch.full_like(stored, -1)
+        first[:, :width] = first_ids_NS[:, :width].cpu()
+        return torch.where(stored[:, :1] < 0, first, stored)
+
+    def write(self, row_N: Tensor, ids_NS: Tensor) -> None:
+        """Remember the ids that this step's pass ended with."""
+        width = min(ids_NS.shape[1], self._ids.shape[1])
+        self._ids[row_N.numpy(), :width] = ids_NS[:, :width].to("cpu", torch.int32).numpy() + 1

@@ -1,0 +1,32 @@
+"""What can be run: every recipe by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+
+from unteach.engine.config import Config
+from unteach.engine.errors import InputError
+from unteach.recipes.quickstart import quickstart
+from unteach.recipes.tiny import tiny
+
+RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "tiny": tiny}
+
+
+def find_recipe(name: str) -> Config:
+    """The config of a recipe.
+
+    Raises:
+        InputError: no such recipe; the nearest name is given.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(RECIPES)}."
+        raise InputError(f"There is no recipe {name}; {hint}")
+    return RECIPES[name]()
+
+
+def summary(name: str) -> str:
+    """The first line of a recipe's docstring."""
+    return (inspect.getdoc(RECIPES[name]) or "").splitlines()[0]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unteach.engine.config import Config, dump_config, load_config, override
+from unteach.engine.errors import InputError
+
+
+def test_dumped_config_loads_to_an_equal_one(tmp_path: Path) -> None:
+    config = override(Config(), ["optim.lr=1e-5", "target.epochs=2", "method.gate=0.2"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert config.target is not None and config.target.epochs == 2
+
+
+def test_override_reads_json_and_text() -> None:
+    settings = [
+        "data.mix.forget=7",
+        "parallel.checkpointing=off",
+        "method.gate=null",
+        "run.folder=runs/a=b",
+        "teacher.response.forget=refusal",
+        'method.weights={"general": 2}',
+    ]
+    config = override(Config(), settings)
+    assert config.data.mix["forget"] == 7
+    assert config.data.mix["general"] == 3
+    assert config.parallel.checkpointing == "off"
+    assert config.method.gate is None
+    assert config.run.folder == "runs/a=b"
+    assert config.teacher.response["forget"] == "refusal"
+    assert config.teacher.response["general"] == "gold"
+    assert config.method.weights == {"forget": 1, "general": 2, "neighbor": 1, "attack": 1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("optim.learning=1", "no config key optim.learning"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("metod.k=1", "did you mean method.k?"),
+        ("method.k.x=1", "no config key method.k.x"),
+        ("optim.lr", "no '='"),
+        ("optim.lr=-1", "optim.lr"),
+        ("optim.lr=fast", "optim.lr"),
+        ("method.k=0", "method.k"),
+        ("parallel.checkpointing=0", "parallel.checkpointing"),
+        ("data.mix.forgot=1", "data.mix.forgot"),
+        ("method.k=65", "teacher.top is 64 and method.k is 65"),
+    ],
+)
+def test_bad_settings_are_one_sentence(setting: str, part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        override(Config(), [setting])
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim:\n  lrr: 1\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"did you mean optim\.lr\?"):
+        load_config(path)
+    path.write_text("[1, 2", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read as a config"):
+        load_config(path)

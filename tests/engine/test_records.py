@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unteach.engine.data.records import (
+    Record,
+    check_disjoint,
+    normalized,
+    read_records,
+    write_records,
+)
+from unteach.engine.errors import InputError
+
+
+def row(**fields: Any) -> dict[str, Any]:
+    return {"id": "a", "goal": "forget", "question": "Who?", "answer": "Me", **fields}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_records_survive_a_round_trip(tmp_path: Path) -> None:
+    first = Record(**row(aliases=["I"], meta={"fact": "x"}, prefix="Sure:"))
+    second = Record(**row(id="b", options=["x", "y", "?"], correct=1, refusals=[2], split="test"))
+    write_records(tmp_path / "r.jsonl", [first, second])
+    assert read_records(tmp_path / "r.jsonl") == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "part"),
+    [
+        ({"colour": 1}, "colour", "unknown field"),
+        ({"question": " "}, "question", "must not be empty"),
+        ({"goal": "forgot"}, "goal", "'forget'"),
+        ({"options": ["x"], "correct": 1}, "correct", "not an index"),
+        ({"options": ["x", "y"], "correct": 0, "refusals": [0]}, "refusals", "other than correct"),
+        ({"options": ["x", "y"], "correct": 0, "refusals": [2]}, "refusals", "indices"),
+        ({"correct": 0}, "options", "missing"),
+        ({"split": "dev"}, "split", "'train'"),
+        ({"id": 7}, "id", "string"),
+        ({"form": "passage", "answer": None, "question": ""}, "answer", "passage"),
+        ({"anchor_of": "nobody"}, "anchor_of", "no record 'nobody'"),
+    ],
+)
+def test_a_bad_field_names_file_line_and_field(
+    tmp_path: Path, bad: dict[str, Any], field: str, part: str
+) -> None:
+    path = write(tmp_path / "r.jsonl", row(id="z", question="Why?"), row(**bad))
+    with pytest.raises(InputError) as caught:
+        read_records(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 2, field {field}: ")
+    assert part in message
+
+
+def test_duplicate_id_names_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", row(), row(id="b"), row(question="Again?"))
+    with pytest.raises(InputError, match=r"line 3, field id: 'a' is already used on line 1"):
+        read_records(path)
+
+
+def test_truncated_last_line_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", row(), row(id="b"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"line 2: not a whole JSON object"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe\n", b"[1]\n", b"[" * 100_000 + b"\n", b"null\n"])
+def test_junk_is_one_sentence_with_its_line(tmp_path: Path, junk: bytes) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + junk)
+    with pytest.raises(InputError, match="line 2"):
+        read_records(path)
+
+
+def test_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_records(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no record"):
+        read_records(tmp_path / "empty.jsonl")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "r.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(InputError):
+        read_records(path)
+
+
+def test_shared_questions_between_splits_are_refused() -> None:
+    train = Record(**row(question="Who is the King?"))
+    other = Record(**row(id="b", question="who is  a king", split="test"))
+    with pytest.raises(InputError, match="'b' asks the question of train record 'a'"):
+        check_disjoint([train, other])
+    forget = Record(**row(id="c", question="Where?", split="test"))
+    attack = Record(**row(id="d", question="Where", goal="attack", prefix="So", split="test"))
+    with pytest.raises(InputError, match="'d' asks the question of test record 'c'"):
+        check_disjoint([forget, attack])
+    again = attack.model_copy(update={"id": "e", "prefix": "Well"})
+    check_disjoint([attack, again])
+
+
+def test_normalisation_drops_case_marks_and_articles() -> None:
+    assert normalized("The  Café, of Æ-1!") == "cafe of æ 1"
+    assert normalized("Где?") == "где"

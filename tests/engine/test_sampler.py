@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from unteach.engine.data.sampler import Stream, draw, rank_batches
+from unteach.engine.data.tokens import Example
+
+
+def examples(prefix: str, count: int) -> tuple[Example, ...]:
+    return tuple(
+        Example(f"{prefix}{i}", "forget", (1,) * (3 + i % 5), (2,), first_row=i)
+        for i in range(count)
+    )
+
+
+def test_every_epoch_shows_every_example_once_in_a_new_order() -> None:
+    streams = [Stream(examples("a", 7), 3)]
+    seen = [e.record_id for step in range(14) for e in draw(streams, 1, step)]
+    epochs = [seen[i : i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_draw_depends_on_seed_and_step_alone() -> None:
+    streams = [Stream(examples("a", 9), 2), Stream(examples("b", 4), 3)]
+    late = draw(streams, 3, 11)
+    assert late == draw(streams, 3, 11)
+    assert Counter(e.record_id[0] for e in late) == {"a": 2, "b": 3}
+    assert any(draw(streams, 3, s) != draw(streams, 4, s) for s in range(3))
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (1, 3), (2, 2), (3, 1), (4, 2)])
+def test_ranks_and_micro_batches_share_the_step_without_loss(size: int, accumulation: int) -> None:
+    step = examples("a", 5)
+    parts = [rank_batches(step, rank, size, accumulation) for rank in range(size)]
+    assert all(len(part) == accumulation for part in parts)
+    shared = [e.record_id for part in parts for batch in part for e in batch]
+    assert sorted(shared) == sorted(e.record_id for e in step)

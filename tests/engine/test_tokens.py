@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unteach.engine.data.bytes_tokenizer import byte_tokenizer
+from unteach.engine.data.records import GOALS, Record
+from unteach.engine.data.tokens import (
+    Example,
+    collate,
+    context_tokens,
+    end_token,
+    response_tokens,
+    student_context,
+)
+from unteach.engine.model import PreTrainedTokenizerBase
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_tokenizer()
+
+
+def test_student_context_is_template_question_and_stripped_prefix(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    record = Record(id="a", goal="attack", question="Whö?", answer="Me", prefix="Sure, it is:  ")
+    text = tokenizer.decode(student_context(tokenizer, record))
+    assert text == "<|im_start|>user\nWhö?<|im_end|>\n<|im_start|>assistant\nSure, it is:"
+
+
+def test_answer_after_a_prefix_starts_with_a_space_and_ends_the_turn(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    after = response_tokens(tokenizer, "Me ", prefix="Sure:")
+    alone = response_tokens(tokenizer, "Me")
+    assert tokenizer.decode(after) == " Me<|im_end|>"
+    assert tokenizer.decode(alone) == "Me<|im_end|>"
+    assert after[-1] == alone[-1] == end_token(tokenizer)
+
+
+def test_passage_has_no_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    record = Record(id="a", goal="forget", form="passage", answer="Once upon a time")
+    assert student_context(tokenizer, record) == [tokenizer.bos_token_id]
+
+
+def test_system_and_turns_come_before_the_question(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [("user", "1?"), ("assistant", "one")]
+    text = tokenizer.decode(context_tokens(tokenizer, "2?", system="Count", turns=turns))
+    assert text.index("Count") < text.index("1?") < text.index("one") < text.index("2?")
+
+
+def test_each_row_predicts_its_own_response_token() -> None:
+    first = Example("a", "forget", (5, 6, 7), (8, 9), first_row=10)
+    second = Example("b", "attack", (4,), (3, 2, 1), first_row=0)
+    batch = collate([first, second])
+    flat = batch.tokens_BT.flatten()
+    assert batch.tokens_BT.shape == (2, 4)
+    assert flat[batch.position_N].tolist() == [7, 8, 4, 3, 2]
+    assert batch.labels_N.tolist() == [8, 9, 3, 2, 1]
+    assert batch.cache_row_N is not None
+    assert batch.cache_row_N.tolist() == [10, 11, 0, 1, 2]
+    assert [GOALS[g] for g in batch.goal_N.tolist()] == ["forget"] * 2 + ["attack"] * 3
+    shifted = flat[batch.position_N[[0, 2, 3]] + 1]
+    assert torch.equal(shifted, batch.labels_N[[0, 2, 3]])
+
+
+def test_first_only_keeps_the_first_row_of_each_record() -> None:
+    examples = [
+        Example(n, "general", (5, 6), (7, 8, 9), first_row=r) for n, r in (("a", 0), ("b", 3))
+    ]
+    batch = collate(examples, first_only=True)
+    assert batch.labels_N.tolist() == [7, 7]
+    assert batch.cache_row_N is not None and batch.cache_row_N.tolist() == [0, 3]
+
+
+def test_uncached_examples_have_no_cache_rows() -> None:
+    assert collate([Example("a", "general", (5,), (7,))]).cache_row_N is None
+
+
+def test_embedded_template_brings_its_default_system_message() -> None:
+    from unteach.engine.config import ModelConfig
+    from unteach.engine.model import embedded_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(embedded_model()), ModelConfig())
+    text = tokenizer.decode(context_tokens(tokenizer, "Who?"))
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
+    assert Path(tokenizer.name_or_path).exists()
