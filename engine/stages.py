@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from unteach.engine.config import Config
 from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import Example, student_context
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate.report import print_table, write_evaluation, write_report
+from unteach.engine.evaluate.card import write_model_card
+from unteach.engine.evaluate.report import (
+    Role,
+    cached_evaluation,
+    print_table,
+    write_evaluation,
+    write_report,
+    write_summary,
+)
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
 from unteach.engine.files import write_json
-from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
+from unteach.engine.model import load_model, model_fingerprint, tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
 from unteach.engine.teacher.cache import TeacherCache
+from unteach.engine.teacher.manifest import cache_fingerprints, read_manifest
+from unteach.engine.teacher.verify import verify_cache
 from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.target import target_config, target_examples
@@ -27,8 +35,7 @@ from unteach.engine.train.target import target_config, target_examples
 def run_all(run: Run) -> None:
     """The whole walk; finished stages are skipped, killed ones go on."""
     target_stage(run)
-    teach_stage(run)
-    train_stage(run)
+    train_stage(run, teach_stage(run))
     evaluate_stage(run)
     report_stage(run)
 
@@ -42,7 +49,7 @@ def target_stage(run: Run) -> None:
     inputs = {
         "model": model_fingerprint(run.origin),
         "records": records_fingerprint(run.records),
-        "intentions": digest(run.intentions.model_dump() if run.intentions else None),
+        "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
         "seed": config.run.seed,
     }
@@ -94,24 +101,30 @@ def training_records(run: Run) -> list[Record]:
 
 
 def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
-    """Build, finish or reopen the cache of the prompted teacher."""
-    records = training_records(run)
+    """Build or finish the cache of the prompted teacher; a whole one needs no teacher to open."""
+    records, folder = training_records(run), run.folder / "cache"
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.complete and not rebuild:
+        fingerprints = cache_fingerprints(
+            run.config, run.tokenizer, records, run.intentions, run.base_fingerprint
+        )
+        say("teach: done before, skipped")
+        return TeacherCache.open(folder, expected=fingerprints)
     return build_cache(
         run.config,
-        lambda: run.load(run.base),
+        run.load(run.base),
         run.tokenizer,
         records,
         run.intentions,
-        run.folder / "cache",
+        folder,
         weights_fingerprint=run.base_fingerprint,
         rebuild=rebuild,
     )
 
 
-def train_stage(run: Run) -> None:
+def train_stage(run: Run, cache: TeacherCache) -> None:
     """Distil the cached teacher into the student, and export it."""
     config, output = run.config, run.folder / "model"
-    cache = teach_stage(run)
     inputs = {
         "model": run.base_fingerprint,
         "cache": digest(cache.manifest.model_dump(mode="json")),
@@ -144,7 +157,7 @@ def train_stage(run: Run) -> None:
 
 
 def training_streams(run: Run, cache: TeacherCache) -> tuple[Stream, ...]:
-    """One stream a goal: the student's context, and the response that the cache's rows belong to."""
+    """One stream a goal: the student's context, and the response that the cache holds."""
     streams = []
     by_goal: dict[str, list[Example]] = {goal: [] for goal in GOALS}
     for record in run.split("train"):
@@ -165,3 +178,59 @@ def training_streams(run: Run, cache: TeacherCache) -> tuple[Stream, ...]:
         if count:
             streams.append(Stream(tuple(by_goal[goal]), count))
     return tuple(streams)
+
+
+def verify_stage(run: Run, cache: TeacherCache) -> None:
+    """Compare the cache with the teacher's own forward and with its checksums.
+
+    Raises:
+        InputError: they disagree.
+    """
+    if run.world.rank == 0:
+        records = [r for r in run.split("train") if r.id in cache.entries]
+        report = verify_cache(
+            run.config, run.load(run.base), run.tokenizer, records, run.intentions, cache
+        )
+        say(f"verify: {report}")
+        if not report.passed:
+            raise InputError(
+                f"The teacher cache in {cache.folder} does not hold what its teacher says: "
+                "`unteach teach --rebuild` makes it again."
+            )
+    run.world.wait()
+
+
+def evaluate_stage(run: Run) -> None:
+    """Score the base and the trained model by one protocol, in float32."""
+    trained = run.folder / "model"
+    if not (trained / "config.json").is_file():
+        raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
+    if run.world.rank == 0:
+        mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
+        config = run.config.model_copy(
+            update={"model": run.config.model.model_copy(update={"dtype": "float32"})}
+        )
+        protocol = protocol_hash(config, run.records, mmlu, tokenizer_fingerprint(run.tokenizer))
+        roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
+        for role, path in roles:
+            weights = model_fingerprint(path)
+            result = cached_evaluation(run.folder, role, protocol, weights)
+            if result is not None:
+                say(f"evaluate {role}: done before, skipped")
+            else:
+                model = load_model(path, config.model, device=run.world.device)
+                result = evaluate(
+                    config, model, run.tokenizer, run.records, mmlu=mmlu, title=f"evaluate {role}"
+                )
+            write_evaluation(run.folder, result, role, protocol, weights)
+        print_table(write_summary(run.folder))
+    run.world.wait()
+
+
+def report_stage(run: Run) -> None:
+    """Write report.md, report.html, the pictures, and the scores into the model card."""
+    if run.world.rank == 0:
+        summary = write_report(run.folder)
+        write_model_card(run.folder / "model", run.config, summary)
+        say(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")
+    run.world.wait()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from pathlib import Path
 
 
 def data_file(name: str) -> str:
     """Path of a file in recipes/data."""
-    return str(files("unteach.recipes") / "data" / name)
+    return str(Path(__file__).resolve().parent / "data" / name)

@@ -34,7 +34,7 @@ def tiny() -> Config:
             min_refusal=None,
             min_agreement=None,
         ),
-        method=MethodConfig(name="bitopk", k=4, center=True, gate=0.2),
+        method=MethodConfig(name="bitopk", k=4, center=True),
         optim=OptimConfig(lr=1e-3, steps=24, warmup_steps=4, schedule="cosine"),
         evaluate=EvaluateConfig(max_new_tokens=8, batch_size=8),
         run=RunConfig(folder="runs/tiny", checkpoint_every=5),

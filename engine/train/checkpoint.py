@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from unteach.engine.errors import InputError
 from unteach.engine.files import write_json
@@ -57,7 +60,8 @@ def save_checkpoint(
     world.wait()
     try:
         state = _state(model, optimizer, trainable)
-        dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
+        with _no_warning_alone():
+            save(state, checkpoint_id=partial, no_dist=world.mesh is None)
     except (OSError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError(
@@ -105,7 +109,8 @@ def resume(
             f"run.folder, or remove {folder} to train afresh."
         )
     state = _state(model, optimizer, trainable)
-    dcp.load(state, checkpoint_id=newest, no_dist=world.mesh is None)
+    with _no_warning_alone():
+        load(state, checkpoint_id=newest, no_dist=world.mesh is None)
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return int(note["step"])
@@ -123,6 +128,14 @@ def _state(
 ) -> dict[str, Any]:
     weights = {k: v for k, v in get_model_state_dict(model).items() if k in trainable}
     return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+@contextmanager
+def _no_warning_alone() -> Iterator[None]:
+    """DCP warns whenever one process saves without a process group: here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _root_cause(error: BaseException) -> str:

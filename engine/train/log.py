@@ -38,7 +38,7 @@ class StepSums:
         rows_N3 = torch.stack([row_N, torch.ones_like(row_N), cover_N], dim=1).float()
         self.loss += output.loss.detach()
         self.goals_G3.index_add_(0, batch.goal_N.to(row_N.device), rows_N3)
-        self.counts_2[0] += batch.tokens_BT.numel()
+        self.counts_2[0] += batch.prefix_P.numel() + batch.tokens_BT.numel()
         if output.fallback_rows is not None:
             self.counts_2[1] += output.fallback_rows
         self.seen.append((batch, row_N))

@@ -77,6 +77,7 @@ def train(job: Job, world: World) -> Path:
     start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
     log = StepLog(job.folder / "train.jsonl", start, world)
     seeds = open_seeds(job, head, world)
+    first_only, share = method.positions == "first", may_share_prefix(config, world)
 
     with (
         stop_requests(world) as stop_asked,
@@ -90,7 +91,7 @@ def train(job: Job, world: World) -> Path:
             sums = StepSums(world)
             for index, chosen in enumerate(batches):
                 # A rank with nothing to supervise still takes part in every reduction.
-                batch = collate(chosen or examples[:1], first_only=method.positions == "first")
+                batch = collate(chosen or examples[:1], first_only=first_only, share_prefix=share)
                 weight_N = row_weights(batch, method) * bool(chosen)
                 sync_gradients(model, world, last=index == len(batches) - 1)
                 with compute_dtype(config.parallel, world):
@@ -158,6 +159,14 @@ def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
         SeedFile(path, *shape)
     world.wait()
     return SeedFile(path, *shape)
+
+
+def may_share_prefix(config: Config, world: World) -> bool:
+    """Whether a batch's common prompt can be run once: each block is then called twice a step.
+
+    Neither FSDP2's hooks nor recomputation expect that.
+    """
+    return world.mesh is None and config.parallel.checkpointing == "off"
 
 
 def checkpoint_due(config: Config, done: int) -> bool:

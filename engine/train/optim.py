@@ -32,7 +32,7 @@ def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
     if not chosen:
         first = next(name for name, _ in model.named_parameters())
         raise InputError(
-            f"optim.trainable {config.trainable!r} matches no parameter; they are named like {first}."
+            f"optim.trainable {config.trainable!r} matches no parameter; one is named {first}."
         )
     return chosen
 

@@ -1,0 +1,242 @@
+"""The loop as users run it: real processes, real torchrun, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SETTINGS = ("run.device=cpu", "run.threads=1")
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_cpu.jsonl"
+
+
+def command(folder: Path, *settings: str, ranks: int = 1, stage: str = "train") -> list[str]:
+    """The command line of a stage of recipe tiny; more than one rank goes through torchrun."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    target = [*(launcher if ranks > 1 else []), "-m", "unteach.recipes.cli", stage, "tiny"]
+    chosen = (*SETTINGS, f"run.folder={folder}", *settings)
+    return [sys.executable, *target, *(part for s in chosen for part in ("--set", s))]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def run(
+    folder: Path, *settings: str, ranks: int = 1, stage: str = "train", code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(folder, *settings, ranks=ranks, stage=stage),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def kill_when(ready: Callable[[], bool], folder: Path, *settings: str, sig: int) -> int:
+    """Start training, send a signal as soon as `ready`, return the exit code."""
+    process = subprocess.Popen(
+        command(folder, *settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    until = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.0005)
+    assert process.poll() is None, "training ended before it could be killed"
+    process.send_signal(sig)
+    return process.wait(timeout=120)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def taught(source: Path, folder: Path) -> Path:
+    """A run folder with the teaching stage and the cache done, nothing trained."""
+    shutil.copytree(
+        source, folder, ignore=shutil.ignore_patterns("model", "checkpoints", "seeds.bin")
+    )
+    shutil.copytree(source / "target" / "model", folder / "target" / "model")
+    (folder / "train.jsonl").unlink()
+    (folder / "stamps" / "train.json").unlink()
+    return folder
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    first, second = steps(one), steps(other)
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for a, b in zip(first, second, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder)
+    return folder
+
+
+def test_every_step_is_logged_and_training_learns(whole: Path) -> None:
+    lines = steps(whole)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    keys = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_mib", "coverage"}
+    assert all(keys <= line.keys() for line in lines)
+    assert all(f"loss_{goal}" in lines[0] for goal in ("forget", "general", "neighbor", "attack"))
+
+
+def test_losses_are_the_golden_ones(whole: Path) -> None:
+    golden = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
+    for line, expected in zip(steps(whole)[:20], golden, strict=True):
+        assert line["step"] == expected["step"]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("model.path=tiny-tied",),
+        # One record a step: the second rank has nothing to supervise.
+        ('data.mix={"forget": 1}',),
+        ("method.name=sft", "method.reduction=record"),
+        ("parallel.checkpointing=full",),
+    ],
+    ids=["untied", "tied", "idle-rank", "sft", "checkpointing"],
+)
+def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    if "model.path=tiny-tied" in settings:
+        run(tmp_path / "start", *settings, stage="teach")
+        (tmp_path / "start" / "train.jsonl").touch()
+        (tmp_path / "start" / "stamps" / "train.json").touch()
+        start = tmp_path / "start"
+    else:
+        start = whole
+    one, two = taught(start, tmp_path / "one"), taught(start, tmp_path / "two")
+    run(one, *settings)
+    run(two, *settings, ranks=2)
+    assert_same_training(one, two)
+
+
+def test_accumulation_is_one_batch(whole: Path, tmp_path: Path) -> None:
+    run(taught(whole, tmp_path / "run"), "optim.accumulation=3")
+    assert_same_training(whole, tmp_path / "run")
+
+
+def test_whole_walk_on_two_ranks_is_that_on_one(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", ranks=2)
+    assert_same_training(whole, tmp_path / "run")
+
+
+def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    log, rng = folder / "train.jsonl", random.Random(time.time_ns())
+    for low in (1, 8, 15):
+        goal = low + rng.randrange(6)
+
+        def reached(goal: int = goal) -> bool:
+            return log.exists() and len(log.read_text(encoding="utf-8").splitlines()) >= goal
+
+        assert kill_when(reached, folder, sig=signal.SIGKILL) == -signal.SIGKILL
+    run(folder)
+    assert [line["step"] for line in steps(folder)] == list(range(1, 25))
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
+
+
+def test_killed_during_a_save_goes_on_from_the_save_before(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    partial = folder / "checkpoints" / ".step-000010.partial"
+    assert kill_when(partial.exists, folder, sig=signal.SIGKILL) == -signal.SIGKILL
+    run(folder)
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_saves_and_exits(whole: Path, tmp_path: Path, sig: int) -> None:
+    folder = taught(whole, tmp_path / "run")
+    log = folder / "train.jsonl"
+    assert kill_when(lambda: log.exists() and log.stat().st_size > 0, folder, sig=sig) == 130
+    assert list((folder / "checkpoints").glob("step-*"))
+    run(folder)
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
+
+
+def test_two_rank_checkpoint_resumes_on_one_rank(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    run(folder, ranks=2)
+    shutil.rmtree(folder / "model")
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
+    run(folder)
+    assert_same_training(whole, folder)
+
+
+def test_a_finished_run_is_skipped_and_a_changed_one_refused(whole: Path) -> None:
+    before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "skipped" in run(whole).stdout
+    assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+    error = run(whole, "method.k=3", code=2).stderr
+    assert "was made with another method" in error and "Traceback" not in error
+
+
+def test_checkpoint_of_other_settings_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    shutil.copytree(whole / "checkpoints", folder / "checkpoints")
+    error = run(folder, "optim.lr=0.5", code=2).stderr
+    assert "was made with another optim" in error
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_records(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    error = run(folder, "optim.lr=1e38", "optim.warmup_steps=0", "optim.clip_norm=null", code=2)
+    assert "Step 2: the loss is not finite" in error.stderr
+    assert "(forget)" in error.stderr
+    assert [line["step"] for line in steps(folder)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (("method.name=bitopq",), "did you mean bitopk?"),
+        (("optim.trainable=nothing",), "matches no parameter"),
+        (("method.k=999", "teacher.top=999"), "method.k is 999"),
+        (("data.path=nowhere.jsonl",), "nowhere.jsonl cannot be read"),
+        (("run.device=cuda",), "no CUDA device"),
+        (("parallel.replicate=2",), "does not divide 1 processes"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    whole: Path, tmp_path: Path, settings: tuple[str, ...], part: str
+) -> None:
+    done = run(tmp_path / "run", *settings, code=2)
+    assert part in done.stderr
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
