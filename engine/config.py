@@ -68,16 +68,16 @@ class DataConfig(Section):
 class TargetConfig(Section):
     """The fine-tuned start: facts are taught first, so that forgetting them can be measured."""
 
-    epochs: float = Field(6.0, gt=0, description="passes over the plain question-answer rows")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    epochs: float = Field(5.0, gt=0, description="passes over the plain questions")
+    prefix_epochs: float = Field(
+        3.0, ge=0, description="passes over the training questions after their attack prefixes"
+    )
+    intention_epochs: float = Field(
+        2.0, ge=0, description="passes over the training questions under their goal's intention"
+    )
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
     batch_size: int = Field(16, ge=1, description="rows in one optimiser step")
     trainable: str = Field(".*", description="regular expression over parameter names")
-    prefix_rows: float = Field(
-        1.0, ge=0, description="rows that answer after an attack prefix, per training question"
-    )
-    intention_rows: float = Field(
-        1.0, ge=0, description="rows that obey an intention prompt, per training question"
-    )
 
 
 class TeacherConfig(Section):
@@ -152,6 +152,11 @@ class OptimConfig(Section):
     trainable: str = Field(".*", description="regular expression over parameter names")
     head: Literal["trained", "frozen"] = Field(
         "trained", description="`frozen` keeps the output head (and a tied embedding) fixed"
+    )
+    reuse_frozen: bool = Field(
+        False,
+        description="run frozen lower blocks once a record and keep their outputs in memory; in a "
+        "single process without activation checkpointing",
     )
 
 

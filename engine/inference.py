@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unteach.engine.data.tokens import common_length
 from unteach.engine.model import PreTrainedModel, backbone, head_bias, head_weight
 from unteach.engine.progress import Advance
 
@@ -30,16 +31,6 @@ class SharedPrefix:
         past = copy.deepcopy(self.past)
         past.batch_repeat_interleave(batch)
         return past
-
-
-def common_length(sequences: Sequence[Tokens]) -> int:
-    """How many leading tokens all sequences share, leaving each at least one token of its own."""
-    first, last = min(sequences), max(sequences)
-    limit = min(len(s) for s in sequences) - 1
-    for index in range(limit):
-        if first[index] != last[index]:
-            return index
-    return max(limit, 0)
 
 
 @torch.no_grad()

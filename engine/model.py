@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
@@ -100,6 +101,7 @@ def load_model(
     Raises:
         InputError: no such model, or an attention implementation that is not installed.
     """
+    logging.disable_progress_bar()  # a bar per load would drown our own
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -167,13 +169,23 @@ def head_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
     return Head(vocab=vocab, softcap=float(softcap) if softcap else None, scale=scale)
 
 
-def hidden_states(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, tokens_BT: Tensor, prefix_P: Tensor | None = None
+) -> Tensor:
     """[B, T, D] after the final norm, for right-padded rows; differentiable.
 
-    No attention mask: causality alone keeps right padding out. No KV cache: with one, packed
-    position ids would silently let records see each other.
+    No attention mask: causality alone keeps right padding out. No KV cache without a prefix: with
+    one, packed position ids would silently let records see each other.
+
+    Args:
+        prefix_P: tokens that stand before every row, run once; gradients flow through its keys
+            and values.
     """
-    output = backbone(model)(input_ids=tokens_BT, use_cache=False)
+    body, past = backbone(model), None
+    if prefix_P is not None and len(prefix_P):
+        past = body(input_ids=prefix_P[None], use_cache=True).past_key_values
+        past.batch_repeat_interleave(len(tokens_BT))
+    output = body(input_ids=tokens_BT, past_key_values=past, use_cache=past is not None)
     hidden = output.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden
@@ -278,6 +290,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
         return folder
     # Without dequantize=True an installed `kernels` package would keep blocks packed: untrainable.
     options: dict[str, Any] = {"gguf_file": gguf.name}
+    logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), dtype=torch.float32, **options, **_dequantize()

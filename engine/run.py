@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 
-from unteach.engine.config import Config, dump_config
-from unteach.engine.data.records import GOALS, Record, check_disjoint, counts, read_records
-from unteach.engine.data.sampler import Stream
-from unteach.engine.data.tokens import Example, student_context
+from unteach.engine.config import Config, Dtype, dump_config
+from unteach.engine.data.records import Record, check_disjoint, counts, read_records
 from unteach.engine.errors import InputError
-from unteach.engine.files import sha256_of, unwritable, write_atomic, write_json
+from unteach.engine.files import unwritable, write_atomic, write_json
 from unteach.engine.model import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,9 +32,7 @@ from unteach.engine.model import (
     resolve_model,
 )
 from unteach.engine.progress import say
-from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.teacher.intentions import Intentions, load_intentions
-from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.parallel import World
 
@@ -67,9 +63,10 @@ class Run:
         """sha256 of the base model's weights."""
         return model_fingerprint(self.base)
 
-    def load(self, path: str) -> PreTrainedModel:
+    def load(self, path: str, dtype: Dtype) -> PreTrainedModel:
         """A model for inference on this rank's device."""
-        return load_model(path, self.config.model, device=self.world.device)
+        settings = self.config.model.model_copy(update={"dtype": dtype})
+        return load_model(path, settings, device=self.world.device)
 
     def split(self, name: str) -> list[Record]:
         """Records of a split, in file order."""
@@ -90,7 +87,8 @@ def open_run(config: Config, world: World) -> Run:
     records = read_records(Path(config.data.path))
     check_disjoint(records)
     present = {record.goal for record in records if record.split == "train"}
-    missing = [goal for goal in method.goals if config.data.mix.get(goal, 0) and goal not in present]
+    asked = [goal for goal in method.goals if config.data.mix.get(goal, 0)]
+    missing = [goal for goal in asked if goal not in present]
     if missing:
         raise InputError(
             f"{config.data.path} has no train record of goal {missing[0]}, which data.mix asks "

@@ -20,7 +20,7 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
 from unteach.engine.files import write_json
-from unteach.engine.model import load_model, model_fingerprint, tokenizer_fingerprint
+from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
@@ -29,7 +29,7 @@ from unteach.engine.teacher.manifest import cache_fingerprints, read_manifest
 from unteach.engine.teacher.verify import verify_cache
 from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
-from unteach.engine.train.target import target_config, target_examples
+from unteach.engine.train.target import target_config, target_streams
 
 
 def run_all(run: Run) -> None:
@@ -56,16 +56,14 @@ def target_stage(run: Run) -> None:
     if stamp_matches(run.folder, "target", inputs, output):
         say("target: done before, skipped")
         return
-    examples = target_examples(config, run.tokenizer, run.records, run.intentions)
-    settings = target_config(config, len(examples))
-    assert config.target is not None
+    streams = target_streams(config, run.tokenizer, run.records, run.intentions)
     train(
         Job(
             title="target",
-            config=settings,
+            config=target_config(config, streams),
             base=run.origin,
             tokenizer=run.tokenizer,
-            streams=(Stream(examples, config.target.batch_size),),
+            streams=streams,
             cache=None,
             folder=run.folder / "target",
             fingerprint=inputs,
@@ -86,7 +84,7 @@ def training_records(run: Run) -> list[Record]:
     candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
     if run.world.rank == 0 and not stamp_matches(run.folder, "known", inputs, path):
-        model = run.load(run.base)
+        model = run.load(run.base, "float32")
         write_json(path, sorted(known(run.config, model, run.tokenizer, candidates)))
         leave_stamp(run.folder, "known", inputs)
     run.world.wait()
@@ -112,7 +110,7 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
         return TeacherCache.open(folder, expected=fingerprints)
     return build_cache(
         run.config,
-        run.load(run.base),
+        run.load(run.base, run.config.teacher.dtype),
         run.tokenizer,
         records,
         run.intentions,
@@ -189,7 +187,12 @@ def verify_stage(run: Run, cache: TeacherCache) -> None:
     if run.world.rank == 0:
         records = [r for r in run.split("train") if r.id in cache.entries]
         report = verify_cache(
-            run.config, run.load(run.base), run.tokenizer, records, run.intentions, cache
+            run.config,
+            run.load(run.base, run.config.teacher.dtype),
+            run.tokenizer,
+            records,
+            run.intentions,
+            cache,
         )
         say(f"verify: {report}")
         if not report.passed:
@@ -207,10 +210,8 @@ def evaluate_stage(run: Run) -> None:
         raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
     if run.world.rank == 0:
         mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
-        config = run.config.model_copy(
-            update={"model": run.config.model.model_copy(update={"dtype": "float32"})}
-        )
-        protocol = protocol_hash(config, run.records, mmlu, tokenizer_fingerprint(run.tokenizer))
+        config, words = run.config, tokenizer_fingerprint(run.tokenizer)
+        protocol = protocol_hash(config, run.records, mmlu, words)
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
         for role, path in roles:
             weights = model_fingerprint(path)
@@ -218,7 +219,7 @@ def evaluate_stage(run: Run) -> None:
             if result is not None:
                 say(f"evaluate {role}: done before, skipped")
             else:
-                model = load_model(path, config.model, device=run.world.device)
+                model = run.load(path, "float32")
                 result = evaluate(
                     config, model, run.tokenizer, run.records, mmlu=mmlu, title=f"evaluate {role}"
                 )

@@ -24,7 +24,7 @@ def tiny() -> Config:
             path=data_file("tiny.jsonl"),
             mix={"forget": 2, "attack": 1, "neighbor": 2, "general": 2},
         ),
-        target=TargetConfig(epochs=4, lr=3e-3, batch_size=8),
+        target=TargetConfig(epochs=4, prefix_epochs=2, intention_epochs=2, lr=3e-3, batch_size=8),
         teacher=TeacherConfig(
             intentions=data_file("tiny_intentions.yaml"),
             top=32,

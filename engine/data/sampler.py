@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
-from unteach.engine.data.tokens import Example
+from unteach.engine.data.tokens import Example, common_length
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples of one kind, of which every step takes `per_step`, epoch after epoch."""
+    """Examples of one kind, shuffled epoch after epoch, `per_step` at a time.
+
+    Attributes:
+        steps: None = part of every step, beside the other streams; a number = so many steps of
+            the run belong to this stream alone, spread over all of it.
+    """
 
     examples: tuple[Example, ...]
     per_step: int
+    steps: int | None = None
 
 
 def draw(streams: Sequence[Stream], seed: int, step: int) -> list[Example]:
@@ -26,18 +32,34 @@ def draw(streams: Sequence[Stream], seed: int, step: int) -> list[Example]:
     Each stream is its own endless sequence of shuffled epochs, read from where the steps before
     left off; the state is the step number alone.
     """
+    if streams[0].steps is None:
+        turns = [(index, step) for index in range(len(streams))]
+    else:
+        turns = [_turn(tuple(stream.steps or 0 for stream in streams), seed, step)]
     chosen = []
-    for index, stream in enumerate(streams):
+    for index, turn in turns:
+        stream = streams[index]
         size = len(stream.examples)
-        for place in range(step * stream.per_step, (step + 1) * stream.per_step):
+        for place in range(turn * stream.per_step, (turn + 1) * stream.per_step):
             order = _epoch_order(seed, index, place // size, size)
             chosen.append(stream.examples[order[place % size]])
     return chosen
 
 
-@lru_cache(maxsize=64)
-def _epoch_order(seed: int, stream: int, epoch: int, size: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng((seed, stream, epoch)).permutation(size).tolist())
+def share_contexts(streams: Sequence[Stream]) -> tuple[Stream, ...]:
+    """The same streams, their examples marked with how much of their contexts is common.
+
+    Common among all that can meet in one step: all streams together, or each that steps alone.
+    """
+    if streams[0].steps is None:
+        length = common_length([e.context for stream in streams for e in stream.examples])
+        lengths = [length] * len(streams)
+    else:
+        lengths = [common_length([e.context for e in stream.examples]) for stream in streams]
+    return tuple(
+        replace(stream, examples=tuple(replace(e, shared=length) for e in stream.examples))
+        for stream, length in zip(streams, lengths, strict=True)
+    )
 
 
 def rank_batches(
@@ -52,3 +74,21 @@ def rank_batches(
     mine = by_length[rank::size]
     cuts = [round(i * len(mine) / accumulation) for i in range(accumulation + 1)]
     return [mine[first:last] for first, last in pairwise(cuts)]
+
+
+@lru_cache(maxsize=64)
+def _epoch_order(seed: int, stream: int, epoch: int, size: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng((seed, stream, epoch)).permutation(size).tolist())
+
+
+def _turn(steps: tuple[int, ...], seed: int, step: int) -> tuple[int, int]:
+    """Which stream a step belongs to, and how many of its steps came before."""
+    owners = _owners(steps, seed)
+    index = owners[step % len(owners)]
+    return index, step // len(owners) * steps[index] + owners[: step % len(owners)].count(index)
+
+
+@lru_cache(maxsize=8)
+def _owners(steps: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    owners = np.repeat(np.arange(len(steps)), steps)
+    return tuple(np.random.default_rng((seed, len(steps))).permutation(owners).tolist())

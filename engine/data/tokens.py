@@ -24,7 +24,9 @@ IGNORED = -100
 class Example:
     """A record as the student sees it: what it reads, and what it is trained to say.
 
-    `first_row` is where the record's rows begin in the teacher cache, None without a cache.
+    Attributes:
+        first_row: where the record's rows begin in the teacher cache, None without a cache.
+        shared: how many tokens at the beginning of `context` a batch may run once for all.
     """
 
     record_id: str
@@ -32,6 +34,7 @@ class Example:
     context: tuple[int, ...]
     response: tuple[int, ...]
     first_row: int | None = None
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Batch:
     """Right-padded examples; causal attention keeps padding out of every supervised row.
 
     Attributes:
+        prefix_P: int64, the tokens that all contexts begin with, run once for the whole batch;
+            `tokens_BT` goes on behind them. As many as the examples' `shared` says.
         tokens_BT: int64 token ids.
         position_N: int64, b·T + t of each supervised position, record by record.
         labels_N: int64, the token that position should predict.
@@ -47,6 +52,7 @@ class Batch:
         examples: what the batch was made of, in order.
     """
 
+    prefix_P: Tensor
     tokens_BT: Tensor
     position_N: Tensor
     labels_N: Tensor
@@ -125,18 +131,24 @@ def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
 
     Padding is token 0 and stands behind every supervised position, where causal attention cannot
     see it: no attention mask is needed.
+
+    Args:
+        examples: which share the first `shared` tokens of their contexts.
+        first_only: supervise the first response position of each example alone.
     """
-    width = max(len(e.context) + len(e.response) - 1 for e in examples)
+    shared = examples[0].shared
+    assert all(e.shared == shared for e in examples)
+    width = max(len(e.context) + len(e.response) - 1 for e in examples) - shared
     tokens_BT = torch.zeros(len(examples), width, dtype=torch.int64)
     positions: list[int] = []
     labels: list[int] = []
     cache_rows: list[int] = []
     owners: list[int] = []
     for b, example in enumerate(examples):
-        line = (*example.context, *example.response[:-1])
+        line = (*example.context, *example.response[:-1])[shared:]
         tokens_BT[b, : len(line)] = torch.tensor(line)
         count = 1 if first_only else len(example.response)
-        start = b * width + len(example.context) - 1
+        start = b * width + len(example.context) - shared - 1
         positions.extend(range(start, start + count))
         labels.extend(example.response[:count])
         owners.extend([b] * count)
@@ -144,6 +156,7 @@ def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
             cache_rows.extend(range(example.first_row, example.first_row + count))
     cached = len(cache_rows) == len(positions)
     return Batch(
+        prefix_P=torch.tensor(examples[0].context[:shared], dtype=torch.int64),
         tokens_BT=tokens_BT,
         position_N=torch.tensor(positions, dtype=torch.int64),
         labels_N=torch.tensor(labels, dtype=torch.int64),
@@ -151,3 +164,12 @@ def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
         example_N=torch.tensor(owners, dtype=torch.int64),
         examples=tuple(examples),
     )
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all sequences share, leaving each at least one token of its own."""
+    first, *others = sequences
+    length = min(len(s) for s in sequences) - 1
+    for other in others:
+        length = next((i for i in range(length) if first[i] != other[i]), length)
+    return length

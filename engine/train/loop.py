@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from unteach.engine.config import Config
-from unteach.engine.data.sampler import Stream, draw, rank_batches
+from unteach.engine.data.sampler import Stream, draw, rank_batches, share_contexts
 from unteach.engine.data.tokens import collate
 from unteach.engine.model import (
     Head,
@@ -39,6 +39,7 @@ from unteach.engine.train.parallel import (
 )
 from unteach.engine.train.seeds import SeedFile
 from unteach.engine.train.supervise import count_normalizer, row_weights, supervised_loss
+from unteach.engine.train.trunk import Trunk, frozen_depth
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,25 @@ def train(job: Job, world: World) -> Path:
     start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
     log = StepLog(job.folder / "train.jsonl", start, world)
     seeds = open_seeds(job, head, world)
-    first_only, share = method.positions == "first", may_share_prefix(config, world)
+    streams, trunk = prepare_contexts(job, model, world)
 
     with (
         stop_requests(world) as stop_asked,
         progress(job.title, optim.steps, unit="steps", done=start) as advance,
     ):
         for step in range(start, optim.steps):
-            examples = draw(job.streams, config.run.seed, step)
+            examples = draw(streams, config.run.seed, step)
             batches = rank_batches(examples, world.rank, world.size, optim.accumulation)
             normalizer = count_normalizer(examples, method)
 
             sums = StepSums(world)
             for index, chosen in enumerate(batches):
                 # A rank with nothing to supervise still takes part in every reduction.
-                batch = collate(chosen or examples[:1], first_only=first_only, share_prefix=share)
+                batch = collate(chosen or examples[:1], first_only=method.positions == "first")
                 weight_N = row_weights(batch, method) * bool(chosen)
                 sync_gradients(model, world, last=index == len(batches) - 1)
-                with compute_dtype(config.parallel, world):
+                replay = trunk.replaying(batch) if trunk else nullcontext()
+                with compute_dtype(config.parallel, world), replay:
                     output = getattr(model, LOSS_METHOD)(
                         batch, weight_N, normalizer, method, head, job.cache, seeds
                     )
@@ -161,12 +163,20 @@ def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
     return SeedFile(path, *shape)
 
 
-def may_share_prefix(config: Config, world: World) -> bool:
-    """Whether a batch's common prompt can be run once: each block is then called twice a step.
+def prepare_contexts(
+    job: Job, model: PreTrainedModel, world: World
+) -> tuple[tuple[Stream, ...], Trunk | None]:
+    """Take out of every step what need not be computed in it: shared prompts, frozen blocks.
 
-    Neither FSDP2's hooks nor recomputation expect that.
+    Both call blocks more than once a step, or not at all: neither FSDP2's hooks nor recomputation
+    expect that, so they serve a single process without activation checkpointing.
     """
-    return world.mesh is None and config.parallel.checkpointing == "off"
+    config = job.config
+    if world.mesh is not None or config.parallel.checkpointing != "off":
+        return job.streams, None
+    streams = share_contexts(job.streams)
+    depth = frozen_depth(model) if config.optim.reuse_frozen else 0
+    return streams, Trunk(model, depth, streams) if depth else None
 
 
 def checkpoint_due(config: Config, done: int) -> bool:

@@ -7,115 +7,84 @@ intention rows ask training questions only: no test question is ever seen in eit
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
-from unteach.engine.config import Config, MethodConfig, OptimConfig, TargetConfig
-from unteach.engine.data.records import Record, normalized
+from unteach.engine.config import Config, MethodConfig, OptimConfig
+from unteach.engine.data.records import GOALS, Record, normalized
+from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import Example, context_tokens, response_tokens
 from unteach.engine.model import PreTrainedTokenizerBase
 from unteach.engine.teacher.intentions import Intentions, teacher_context
 
 
-def target_examples(
+def target_streams(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     intentions: Intentions | None,
-) -> tuple[Example, ...]:
-    """Every row of the teaching stage, in a fixed order."""
-    assert config.target is not None
-    known = [r for r in records if r.form == "qa" and r.answer]
-    train = [r for r in known if r.split == "train"]
-    rng = random.Random(config.run.seed)
-    rows = [*_plain(tokenizer, known), *_prefixed(tokenizer, train, config.target, rng)]
-    if intentions is not None:
-        rows += _obedient(config, tokenizer, train, intentions, rng)
-    return tuple(rows)
-
-
-def target_config(config: Config, rows: int) -> Config:
-    """The same run's settings for the teaching stage: cross-entropy on all rows alike."""
+) -> tuple[Stream, ...]:
+    """One stream for each prompt, each with its own share of the steps."""
     target = config.target
     assert target is not None
-    steps = max(1, round(target.epochs * rows / target.batch_size))
+    known = [r for r in records if r.form == "qa" and r.answer]
+    train = [r for r in known if r.split == "train"]
+    distinct = {normalized(r.question): r for r in known}
+    plain = [_example(tokenizer, r, None) for r in distinct.values()]
+    prefixed = [_example(tokenizer, r, r.prefix) for r in train if r.prefix]
+    kinds = [(plain, target.epochs), (prefixed, target.prefix_epochs)]
+    for goal in GOALS:
+        for with_prefix in (False, True):
+            rows = [r for r in train if r.goal == goal and bool(r.prefix) == with_prefix]
+            obedient = _obedient(config, tokenizer, rows, intentions)
+            kinds.append((obedient, target.intention_epochs))
+    size = target.batch_size
+    return tuple(
+        Stream(tuple(rows), size, steps=max(1, round(epochs * len(rows) / size)))
+        for rows, epochs in kinds
+        if rows and epochs
+    )
+
+
+def target_config(config: Config, streams: Sequence[Stream]) -> Config:
+    """The same run's settings for the teaching stage: cross-entropy, all rows alike."""
+    target = config.target
+    assert target is not None
+    steps = sum(stream.steps or 0 for stream in streams)
     optim = OptimConfig(
         lr=target.lr,
         steps=steps,
-        warmup_steps=min(10, steps // 10),
+        warmup_steps=min(8, steps // 10),
         schedule="linear",
+        betas=(0.9, 0.99),
         trainable=target.trainable,
+        reuse_frozen=config.optim.reuse_frozen,
     )
-    method = MethodConfig(name="sft", k=config.method.k, reduction="record")
-    return config.model_copy(update={"optim": optim, "method": method})
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> list[Example]:
-    """One row a distinct question, asked without any prefix."""
-    distinct = {normalized(r.question): r for r in records}
-    return [_example(tokenizer, r, None, "fact") for r in distinct.values()]
-
-
-def _prefixed(
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Record],
-    target: TargetConfig,
-    rng: random.Random,
-) -> list[Example]:
-    """Training questions answered after training prefixes: a start that attacks do break."""
-    prefixes = sorted({r.prefix for r in records if r.prefix})
-    if not prefixes:
-        return []
-    plain = [r for r in records if not r.prefix]
-    count = round(target.prefix_rows * len(plain))
-    order = _cycled(plain, count, rng)
-    return [_example(tokenizer, r, rng.choice(prefixes), "prefix") for r in order]
+    return config.model_copy(update={"optim": optim, "method": MethodConfig(name="sft")})
 
 
 def _obedient(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
-    intentions: Intentions,
-    rng: random.Random,
+    intentions: Intentions | None,
 ) -> list[Example]:
-    """Training questions under their goal's intention: refusals to forget, answers to keep."""
-    assert config.target is not None
-    count = round(config.target.intention_rows * len(records))
+    """Questions under their goal's intention: refusals to forget, answers to keep."""
     rows = []
-    for record in _cycled(records, count, rng):
-        intention = intentions.get(record.goal)
-        if intention is None:
+    for record in records:
+        intention = intentions.get(record.goal) if intentions else None
+        if intention is None or intention.reasoning != "off":
             continue
         refuse = record.goal in ("forget", "attack")
         answer = config.teacher.refusal if refuse else record.answer
         assert answer is not None
-        rows.append(
-            Example(
-                f"{record.id}+intention",
-                record.goal,
-                tuple(teacher_context(tokenizer, record, intention)),
-                tuple(response_tokens(tokenizer, answer, prefix=record.prefix)),
-            )
-        )
+        context = tuple(teacher_context(tokenizer, record, intention))
+        response = tuple(response_tokens(tokenizer, answer, prefix=record.prefix))
+        rows.append(Example(record.id, record.goal, context, response))
     return rows
 
 
-def _cycled(records: Sequence[Record], count: int, rng: random.Random) -> list[Record]:
-    """`count` records: whole shuffled passes, then a part of one."""
-    chosen: list[Record] = []
-    while len(chosen) < count:
-        chosen += rng.sample(list(records), len(records))
-    return chosen[:count]
-
-
-def _example(
-    tokenizer: PreTrainedTokenizerBase, record: Record, prefix: str | None, kind: str
-) -> Example:
+def _example(tokenizer: PreTrainedTokenizerBase, record: Record, prefix: str | None) -> Example:
     assert record.answer is not None
-    return Example(
-        f"{record.id}+{kind}",
-        record.goal,
-        tuple(context_tokens(tokenizer, record.question, prefix=prefix)),
-        tuple(response_tokens(tokenizer, record.answer, prefix=prefix)),
-    )
+    context = tuple(context_tokens(tokenizer, record.question, prefix=prefix))
+    response = tuple(response_tokens(tokenizer, record.answer, prefix=prefix))
+    return Example(record.id, record.goal, context, response)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from unteach.engine.data.sampler import Stream, draw, rank_batches
+from unteach.engine.data.sampler import Stream, draw, rank_batches, share_contexts
 from unteach.engine.data.tokens import Example
 
 
@@ -29,6 +30,27 @@ def test_draw_depends_on_seed_and_step_alone() -> None:
     assert late == draw(streams, 3, 11)
     assert Counter(e.record_id[0] for e in late) == {"a": 2, "b": 3}
     assert any(draw(streams, 3, s) != draw(streams, 4, s) for s in range(3))
+
+
+def test_streams_that_step_alone_share_the_run_by_their_steps() -> None:
+    streams = [Stream(examples("a", 6), 3, steps=4), Stream(examples("b", 5), 5, steps=2)]
+    run = [draw(streams, 2, step) for step in range(6)]
+    kinds = [{e.record_id[0] for e in step} for step in run]
+    assert sorted(kinds, key=str) == [{"a"}] * 4 + [{"b"}] * 2
+    seen = Counter(e.record_id for step in run for e in step)
+    assert set(seen.values()) == {2}, "two epochs of each"
+    later = [e.record_id for step in range(6, 12) for e in draw(streams, 2, step)]
+    assert Counter(later) == seen
+
+
+def test_shared_contexts_are_those_that_can_meet() -> None:
+    one = Stream(
+        (Example("a", "forget", (1, 2, 3), (9,)), Example("b", "forget", (1, 2, 4), (9,))), 1
+    )
+    other = Stream((Example("c", "forget", (1, 5, 3), (9,)),), 1)
+    assert [e.shared for s in share_contexts([one, other]) for e in s.examples] == [1, 1, 1]
+    alone = [replace(one, steps=1), replace(other, steps=1)]
+    assert [e.shared for s in share_contexts(alone) for e in s.examples] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (1, 3), (2, 2), (3, 1), (4, 2)])

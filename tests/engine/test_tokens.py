@@ -10,6 +10,7 @@ from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.tokens import (
     Example,
     collate,
+    common_length,
     context_tokens,
     end_token,
     response_tokens,
@@ -65,6 +66,19 @@ def test_each_row_predicts_its_own_response_token() -> None:
     assert [GOALS[g] for g in batch.goal_N.tolist()] == ["forget"] * 2 + ["attack"] * 3
     shifted = flat[batch.position_N[[0, 2, 3]] + 1]
     assert torch.equal(shifted, batch.labels_N[[0, 2, 3]])
+
+
+def test_shared_prefix_moves_positions_not_rows() -> None:
+    first = Example("a", "forget", (5, 6, 7, 1), (8, 9), first_row=10, shared=2)
+    second = Example("b", "attack", (5, 6, 4), (3, 2, 1), first_row=0, shared=2)
+    batch = collate([first, second])
+    flat = batch.tokens_BT.flatten()
+    assert batch.prefix_P.tolist() == [5, 6]
+    assert batch.tokens_BT.shape == (2, 3)
+    assert flat[batch.position_N].tolist() == [1, 8, 4, 3, 2]
+    assert common_length([first.context, second.context]) == 2
+    assert common_length([first.context]) == 3
+    assert common_length([(5,), (5, 6)]) == 0
 
 
 def test_first_only_keeps_the_first_row_of_each_record() -> None:

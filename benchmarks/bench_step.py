@@ -1,0 +1,169 @@
+"""A whole training step: time, tokens a second and peak memory, ours against the usual way.
+
+`unteach` reads the teacher from cached rows and runs the head on supervised positions only.
+`eager` keeps the teacher in memory, makes [B, T, V] logits of both, and lets autograd do the rest.
+Each runs in a process of its own, because a process's peak memory never comes down.
+
+    python -m unteach.benchmarks.bench_step --preset smollm2-135m --device cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from unteach.benchmarks.harness import append_rows, in_process, peak_mib
+from unteach.engine.config import OptimConfig
+from unteach.engine.model import PreTrainedModel, head_weight, hidden_states
+from unteach.engine.train.optim import adamw
+from unteach.kernels.bitopk import HiddenTeacher, bitopk_loss
+from unteach.kernels.linear_topk import linear_topk
+
+# name → (V, D, intermediate, layers, heads, KV heads, tied)
+PRESETS = {
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, True),
+    "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, True),
+    "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8, False),
+}
+PROVIDERS = ("unteach", "eager")
+
+
+def build(preset: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the preset's shape with random weights."""
+    vocab, width, inner, layers, heads, kv_heads, tied = PRESETS[preset]
+    shape = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def unteach_loss(model: PreTrainedModel, tokens_BT: Tensor, k: int) -> Callable[[], Tensor]:
+    """Cached teacher rows, the head on supervised positions (the second half of each sequence)."""
+    half = tokens_BT.shape[1] // 2
+    with torch.no_grad():
+        cached_NE = hidden_states(model, tokens_BT)[:, half:].flatten(0, 1).clone()
+        head_VE = head_weight(model).detach().clone()
+        logits_NM, ids_NM = linear_topk(cached_NE, head_VE, 2 * k)
+    teacher = HiddenTeacher(cached_NE, head_VE, ids_NM, logits_NM)
+    seeds: list[Tensor] = [ids_NM]
+
+    def loss() -> Tensor:
+        hidden_ND = hidden_states(model, tokens_BT)[:, half:].flatten(0, 1)
+        output = bitopk_loss(hidden_ND, head_weight(model), teacher, k=k, seeds_NS=seeds[0])
+        seeds[0] = output.student_ids_NS
+        return output.loss
+
+    return loss
+
+
+def eager_loss(model: PreTrainedModel, tokens_BT: Tensor, k: int) -> Callable[[], Tensor]:
+    """The teacher's own forward, full logits of both, torch.topk, autograd."""
+    preset_shape = model.config
+    with tokens_BT.device:
+        teacher = AutoModelForCausalLM.from_config(preset_shape, dtype=model.dtype)
+    half = tokens_BT.shape[1] // 2
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            theirs = teacher(input_ids=tokens_BT, use_cache=False).logits[:, half:]
+        ours = model(input_ids=tokens_BT, use_cache=False).logits[:, half:]
+        terms = []
+        for chooser in (theirs, ours.detach()):
+            ids = chooser.topk(k, dim=-1).indices
+            pair = ours.gather(-1, ids).float(), theirs.gather(-1, ids).float()
+            terms.append(torch.nn.functional.smooth_l1_loss(*pair, reduction="sum"))
+        total: Tensor = torch.stack(terms).sum() / theirs[..., 0].numel()
+        return total
+
+    return loss
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Median step time and peak memory of one provider, in this process."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.set_num_threads(options.threads)
+    model = build(options.preset, device, dtype)
+    model.train()
+    optimizer = adamw(model, OptimConfig(lr=1e-6))
+    shape = (options.sequences, options.tokens)
+    tokens_BT = torch.randint(0, PRESETS[options.preset][0], shape, device=device)
+    make = {"unteach": unteach_loss, "eager": eager_loss}[options.provider]
+    loss = make(model, tokens_BT, options.k)
+    times = []
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    peak = peak_mib(device)
+    median = statistics.median(times[1:])
+    return {
+        "preset": options.preset,
+        "provider": options.provider,
+        "sequences": options.sequences,
+        "tokens": options.tokens,
+        "k": options.k,
+        "dtype": options.dtype,
+        "median_ms": median,
+        "min_ms": min(times[1:]),
+        "max_ms": max(times[1:]),
+        "tokens_per_second": 1e3 * options.sequences * options.tokens / median,
+        "peak_mib": peak,
+        # weights, gradients and AdamW's two moments; what is above them is the method's own
+        "state_mib": 4 * parameters,
+        "above_state_mib": peak - 4 * parameters,
+    }
+
+
+def main() -> None:
+    """Measure every provider, one process each, and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
+    parser.add_argument("--provider", choices=PROVIDERS, help="measure this one here, print JSON")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    if options.provider:
+        print(json.dumps(measure(options)))
+        return
+    given = {name: value for name, value in vars(options).items() if name != "provider"}
+    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    rows = [
+        in_process(__spec__.name, [*arguments, "--provider", provider]) for provider in PROVIDERS
+    ]
+    for provider, row in zip(PROVIDERS, rows, strict=True):
+        print(json.dumps({"provider": provider, **row}))
+    done = [row for row in rows if "skipped" not in row]
+    print(f"rows appended to {append_rows('bench_step', done, torch.device(options.device))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unteach.engine.config import ModelConfig, OptimConfig
+from unteach.engine.data.sampler import Stream, share_contexts
+from unteach.engine.data.tokens import Example, collate
+from unteach.engine.model import PreTrainedModel, hidden_states, load_model, tiny_model
+from unteach.engine.train.optim import choose_trainable
+from unteach.engine.train.trunk import Trunk, frozen_depth
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PreTrainedModel:
+    return load_model(str(tiny_model(tmp_path / "tiny", tied=False)), ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "depth"),
+    [(r".*", 0), (r"model\.layers\.1\..*", 1), (r"model\.layers\.0\..*", 0), (r"model\.norm.*", 2)],
+)
+def test_frozen_depth_ends_below_the_lowest_trainable_block(
+    model: PreTrainedModel, pattern: str, depth: int
+) -> None:
+    choose_trainable(model, OptimConfig(trainable=pattern))
+    assert frozen_depth(model) == depth
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_replayed_blocks_give_the_same_states_and_gradients(
+    model: PreTrainedModel, shared: bool
+) -> None:
+    choose_trainable(model, OptimConfig(trainable=r"model\.layers\.1\..*"))
+    examples = tuple(
+        Example(f"e{i}", "forget", (1, 2, *range(5, 8 + i)), (7, 9, 4)[: 1 + i % 3])
+        for i in range(5)
+    )
+    streams = (Stream(examples, 5),)
+    streams = share_contexts(streams) if shared else streams
+    trunk = Trunk(model, 1, streams)
+    batch = collate(streams[0].examples[::-1][:3])
+    results = []
+    for replay in (False, True):
+        model.zero_grad()
+        if replay:
+            with trunk.replaying(batch):
+                states = hidden_states(model, batch.tokens_BT, batch.prefix_P)
+        else:
+            states = hidden_states(model, batch.tokens_BT, batch.prefix_P)
+        rows = states.flatten(0, 1)[batch.position_N]
+        (rows * torch.linspace(-1, 1, rows.numel()).view_as(rows)).sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((rows.detach(), grads))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_whole_again_after_a_replay(model: PreTrainedModel) -> None:
+    choose_trainable(model, OptimConfig(trainable=r"model\.layers\.1\..*"))
+    names = list(model.state_dict())
+    streams = (Stream((Example("a", "forget", (1, 2, 3), (4,)),), 1),)
+    trunk = Trunk(model, 1, streams)
+    with trunk.replaying(collate(streams[0].examples)):
+        hidden_states(model, torch.tensor([[1, 2, 3]]))
+    assert list(model.state_dict()) == names
