@@ -1,0 +1,112 @@
+"""Questions and their greedy answers: every prompt of every suite in one pass, none asked twice.
+
+Batches are made over all prompts together, so that one long answer holds up as few as possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unteach.engine.config import EvaluateConfig
+from unteach.engine.data.records import Goal, Record
+from unteach.engine.data.tokens import context_tokens, end_token
+from unteach.engine.inference import Tokens, greedy, share_prefix
+from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
+from unteach.engine.progress import Advance
+
+# The suite of a goal's plain questions; neighbors are scored by choice, and asked beside that.
+ASKED_AS: dict[Goal, str] = {
+    "forget": "forget",
+    "general": "general",
+    "neighbor": "neighbor_recall",
+    "attack": "attack",
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question as one suite asks it; `prefix` stands on the open assistant turn."""
+
+    suite: str
+    record: Record
+    prefix: str | None
+
+    def context(self, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+        """What the model reads."""
+        return context_tokens(tokenizer, self.record.question, prefix=self.prefix)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says after its context; `ended` is False where it was cut."""
+
+    prompt: str
+    text: str
+    ended: bool
+
+
+def asks_of(records: Sequence[Record], prefixes: Sequence[str]) -> list[Ask]:
+    """The questions of every goal as they are, then general and neighbor ones with prefixes.
+
+    Records in order of their ids take the prefixes in turn; a record with a prefix of its own is
+    asked with that one only.
+
+    Args:
+        records: of the goals to score, all of one split.
+        prefixes: adversarial ones that no training record has; empty = nothing asked with prefixes.
+    """
+    ordered = sorted(records, key=lambda record: record.id)
+    asks = [Ask(ASKED_AS[record.goal], record, record.prefix) for record in ordered]
+    for goal in ("general", "neighbor"):
+        plain = [r for r in ordered if r.goal == goal and not r.prefix]
+        if prefixes:
+            asks += [
+                Ask(f"{goal}_prefixed", record, prefixes[index % len(prefixes)])
+                for index, record in enumerate(plain)
+            ]
+    return asks
+
+
+def attack_prefixes(records: Sequence[Record]) -> list[str]:
+    """The distinct prefixes of attack test records, trailing spaces stripped, sorted."""
+    attacks = (r for r in records if r.split == "test" and r.goal == "attack")
+    return sorted({r.prefix.rstrip() for r in attacks if r.prefix and r.prefix.strip()})
+
+
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[Tokens],
+    settings: EvaluateConfig,
+    advance: Advance | None = None,
+) -> list[Answer]:
+    """Greedy answers in the order of `contexts`; equal contexts are computed once."""
+    if not contexts:
+        return []
+    distinct = [list(context) for context in sorted({tuple(context) for context in contexts})]
+    generated = greedy(
+        model,
+        distinct,
+        end=end_token(tokenizer),
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        prefix=share_prefix(model, distinct),
+        advance=advance,
+    )
+    answers = {
+        tuple(context): Answer(
+            prompt=decoded(tokenizer, context),
+            text=decoded(tokenizer, ids, special=False).strip(),
+            ended=len(ids) < settings.max_new_tokens,
+        )
+        for context, ids in zip(distinct, generated, strict=True)
+    }
+    return [answers[tuple(context)] for context in contexts]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Tokens, *, special: bool = True) -> str:
+    """Token ids as text, special tokens shown or left out."""
+    text = tokenizer.decode(ids, skip_special_tokens=not special)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,130 @@
+"""The two pictures of a report, as PNG bytes: what was won and kept, and how the loss went.
+
+Colours are of the Okabe-Ito palette and every line has its own marker or dash as well, so that no
+picture hangs on telling colours apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from unteach.engine.data.records import GOALS
+from unteach.engine.evaluate.scores import DIRECTIONS
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+AXES = {
+    "forget": "Forgotten\n100 − forget",
+    "general": "General",
+    "neighbor": "Neighbor",
+    "attack": "Resists attack\n100 − attack",
+    "mmlu": "MMLU",
+}
+GOAL_STYLES = dict(
+    zip(GOALS, ((ORANGE, "-"), (BLUE, "--"), (GREEN, "-."), (PURPLE, ":")), strict=True)
+)
+
+
+def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes | None:
+    """Base and model over the scores, further out is better; None below three scores."""
+    names = [name for name in DIRECTIONS if name in base and name in model]
+    if len(names) < 3:
+        return None
+    figure = Figure(figsize=(6.4, 6.0), dpi=150, layout="constrained")
+    axes: Any = figure.add_subplot(projection="polar")
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    angles = [2 * math.pi * index / len(names) for index in range(len(names))]
+    sides = ((base, "base", GREY, "--", "s"), (model, "unlearned", BLUE, "-", "o"))
+    for scores, label, colour, dash, marker in sides:
+        outward = [_outward(name, scores[name]) for name in names]
+        closed = ([*angles, angles[0]], [*outward, outward[0]])
+        axes.plot(
+            *closed,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            linewidth=2,
+            label=label,
+            clip_on=False,
+        )
+        axes.fill(*closed, color=colour, alpha=0.12)
+    axes.set_ylim(0, 100)
+    axes.set_yticks([25, 50, 75, 100])
+    axes.set_yticklabels(["25", "50", "75", "100"], fontsize=8, color="#666666")
+    axes.set_rlabel_position(180 / len(names))
+    axes.set_xticks(angles)
+    axes.set_xticklabels([AXES[name] for name in names], fontsize=11)
+    axes.tick_params(axis="x", pad=10)
+    for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
+        side = round(math.sin(angle), 6)
+        text.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
+    axes.grid(color="#cccccc")
+    axes.spines["polar"].set_color("#cccccc")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    figure.suptitle("Further out is better", fontsize=12)
+    return _png(figure)
+
+
+def draw_loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
+    """Loss and loss per goal over steps; learning rate and gradient norm below.
+
+    Args:
+        steps: lines of train.jsonl, at least one.
+    """
+    figure = Figure(figsize=(8.0, 5.4), dpi=150, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
+    thin = {"linewidth": 1.3, "alpha": 0.9}
+    for goal, (colour, dash) in GOAL_STYLES.items():
+        x, y = _series(steps, f"loss_{goal}")
+        if x:
+            above.plot(x, y, color=colour, linestyle=dash, label=goal, **thin)
+    x, y = _series(steps, "loss")
+    above.plot(x, y, color="black", linewidth=2, label="all goals", marker=_dot(x))
+    above.set_ylabel("loss")
+    above.set_ylim(bottom=0 if min(y, default=0.0) >= 0 else None)
+    above.legend(ncols=5, frameon=False, fontsize=9, loc="upper right")
+    x, y = _series(steps, "grad_norm")
+    below.plot(x, y, color=BLUE, linewidth=1.3, label="gradient norm", marker=_dot(x))
+    below.set_ylabel("gradient norm", color=BLUE)
+    below.set_ylim(bottom=0)
+    below.set_xlabel("step")
+    beside = below.twinx()
+    x, y = _series(steps, "lr")
+    beside.plot(x, y, color=ORANGE, linestyle="--", linewidth=1.3, marker=_dot(x))
+    beside.set_ylabel("learning rate", color=ORANGE)
+    beside.set_ylim(bottom=0, top=1.1 * max(y, default=0.0) or 1.0)
+    beside.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (above, below, beside):
+        axes.spines["top"].set_visible(False)
+    for axes in (above, below):
+        axes.grid(color="#e5e5e5")
+    above.spines["right"].set_visible(False)
+    return _png(figure)
+
+
+def _outward(name: str, value: float) -> float:
+    return value if DIRECTIONS[name] > 0 else 100 - value
+
+
+def _series(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in steps if isinstance(row.get(key), int | float)]
+    return [int(row["step"]) for row in rows], [float(row[key]) for row in rows]
+
+
+def _dot(x: Sequence[int]) -> str | None:
+    """A marker where a line of one point would not be seen."""
+    return "o" if len(x) == 1 else None
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    stream = io.BytesIO()
+    # No version or date inside: the same numbers give the same bytes.
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
