@@ -18,18 +18,30 @@ from unteach.recipes.shipped import data_file
 
 def quickstart() -> Config:
     """SmolLM2-135M-Instruct forgets Harry Potter, keeps its neighbours (minutes on 2 cores)."""
-    upper_half = r"model\.(layers\.(1[5-9]|2\d)\..*|norm\.weight)"
+    upper_blocks = r"model\.layers\.(1[89]|2\d)\..*"  # 12 of 30
     return Config(
         model=ModelConfig(path="embedded"),
         data=DataConfig(
             path=data_file("quickstart.jsonl"),
             mmlu=data_file("mmlu.jsonl"),
-            mix={"forget": 3, "attack": 3, "neighbor": 4, "general": 2},
+            known_only=True,
         ),
-        target=TargetConfig(),
-        teacher=TeacherConfig(intentions=data_file("quickstart_intentions.yaml")),
-        method=MethodConfig(name="bitopk", k=8, alpha=1.0, center=True, gate=0.2),
-        optim=OptimConfig(lr=1e-4, steps=60, trainable=upper_half),
-        evaluate=EvaluateConfig(),
+        target=TargetConfig(
+            epochs=4, prefix_epochs=2, intention_epochs=1, lr=4e-4, trainable=upper_blocks
+        ),
+        teacher=TeacherConfig(
+            intentions=data_file("quickstart_intentions.yaml"), max_new_tokens=12
+        ),
+        method=MethodConfig(k=8, alpha=1.0, center=True, gate=0.2, reduction="record"),
+        optim=OptimConfig(
+            lr=1e-4,
+            steps=60,
+            warmup_steps=5,
+            schedule="linear",
+            betas=(0.9, 0.95),
+            trainable=upper_blocks,
+            reuse_frozen=True,
+        ),
+        evaluate=EvaluateConfig(batch_size=48),
         run=RunConfig(folder="runs/quickstart"),
     )

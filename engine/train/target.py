@@ -7,6 +7,7 @@ intention rows ask training questions only: no test question is ever seen in eit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from unteach.engine.config import Config, MethodConfig, OptimConfig
@@ -30,8 +31,9 @@ def target_streams(
     train = [r for r in known if r.split == "train"]
     distinct = {normalized(r.question): r for r in known}
     plain = [_example(tokenizer, r, None) for r in distinct.values()]
-    prefixed = [_example(tokenizer, r, r.prefix) for r in train if r.prefix]
-    kinds = [(plain, target.epochs), (prefixed, target.prefix_epochs)]
+    turns = math.ceil(target.prefix_epochs)
+    prefixed = [row for turn in range(turns) for row in _prefixed(tokenizer, train, turn)]
+    kinds = [(plain, target.epochs), (prefixed, target.prefix_epochs / max(turns, 1))]
     for goal in GOALS:
         for with_prefix in (False, True):
             rows = [r for r in train if r.goal == goal and bool(r.prefix) == with_prefix]
@@ -60,6 +62,18 @@ def target_config(config: Config, streams: Sequence[Stream]) -> Config:
         reuse_frozen=config.optim.reuse_frozen,
     )
     return config.model_copy(update={"optim": optim, "method": MethodConfig(name="sft")})
+
+
+def _prefixed(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], turn: int
+) -> list[Example]:
+    """Every training question after a training prefix, another one in every turn."""
+    prefixes = sorted({r.prefix for r in records if r.prefix})
+    return [
+        _example(tokenizer, record, prefixes[(index + turn) % len(prefixes)])
+        for index, record in enumerate(records)
+        if prefixes
+    ]
 
 
 def _obedient(

@@ -1,0 +1,118 @@
+"""What every public op asks of its arguments, said once, before any work starts.
+
+Only shapes, dtypes, devices and plain numbers are looked at: the contents of a tensor on a GPU
+cannot be read without a host sync, so the ops define what odd contents mean instead.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("torch",)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def choose_backend(backend: str) -> str:
+    """Name the code path that serves this call."""
+    if backend == "auto":
+        return BACKENDS[0]
+    if backend not in BACKENDS:
+        known = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {known}, got {backend!r}")
+    return backend
+
+
+def check_linear(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    *,
+    names: tuple[str, str, str] = ("hidden_ND", "head_VD", "bias_V"),
+) -> None:
+    """Check one (hidden, head, bias) triple that makes logits."""
+    name, head_name, bias_name = names
+    for label, matrix in ((name, hidden_ND), (head_name, head_VD)):
+        if matrix.dim() != 2 or matrix.shape[1] < 1:
+            raise ValueError(
+                f"{label} must have two dimensions and at least one column, "
+                f"got shape {tuple(matrix.shape)}"
+            )
+        if matrix.dtype not in FLOATS:
+            raise ValueError(f"{label} must be bf16, fp16, fp32 or fp64, got {matrix.dtype}")
+    if hidden_ND.shape[1] != head_VD.shape[1]:
+        raise ValueError(
+            f"{name} has width {hidden_ND.shape[1]} but {head_name} has width "
+            f"{head_VD.shape[1]}: they must agree"
+        )
+    if hidden_ND.dtype != head_VD.dtype:
+        raise ValueError(
+            f"{name} is {hidden_ND.dtype} but {head_name} is {head_VD.dtype}: cast one of them"
+        )
+    check_device(head_name, head_VD, hidden_ND.device)
+    if bias_V is not None:
+        check_vector(bias_name, bias_V, head_VD.shape[0], hidden_ND.device)
+
+
+def check_vector(name: str, vector: Tensor, length: int, device: torch.device) -> None:
+    """Check a floating vector with one entry per row or per token id."""
+    if tuple(vector.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
+    if vector.dtype not in FLOATS:
+        raise ValueError(f"{name} must be bf16, fp16, fp32 or fp64, got {vector.dtype}")
+    check_device(name, vector, device)
+
+
+def check_ids(
+    name: str, ids: Tensor, rows: int, device: torch.device, *, dimensions: int = 2
+) -> None:
+    """Check token ids: one row of ids (or one label) per hidden row, of any integer type."""
+    if ids.dim() != dimensions or ids.shape[0] != rows:
+        raise ValueError(
+            f"{name} must have {dimensions} dimension(s) and {rows} rows, "
+            f"got shape {tuple(ids.shape)}"
+        )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers, got {ids.dtype}")
+    check_device(name, ids, device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Check that a tensor lives where the hidden states live."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device} like the hidden states")
+
+
+def check_logit_rule(scale: float, softcap: float | None) -> None:
+    """Check the model's own scale and soft cap."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or a finite number above 0, got {softcap!r}")
+
+
+def check_vocab(vocab: int | None, limit: int) -> int:
+    """Return the number of selectable ids: `vocab`, or every id that all sides have."""
+    if vocab is None:
+        return limit
+    if isinstance(vocab, bool) or not isinstance(vocab, int) or not 1 <= vocab <= limit:
+        raise ValueError(f"vocab must be None or an integer from 1 to {limit}, got {vocab!r}")
+    return vocab
+
+
+def check_k(k: int, vocab: int) -> None:
+    """Check that K ids can be chosen among `vocab`."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocab:
+        raise ValueError(f"k must be an integer from 1 to {vocab} (selectable ids), got {k!r}")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def valid_ids(ids: Tensor, vocab: int) -> Tensor:
+    """Ids as int64, with -1 in place of every id that is not in [0, vocab)."""
+    wide = ids.to(torch.int64)
+    return wide.masked_fill((wide < 0) | (wide >= vocab), -1)
