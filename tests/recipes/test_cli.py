@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unteach.recipes.catalog import RECIPES
+
+
+def unteach(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "unteach.recipes.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_recipes_are_listed_one_a_line() -> None:
+    lines = unteach("recipes").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+
+
+@pytest.mark.parametrize("command", ["run", "teach", "train", "evaluate", "report", "recipes"])
+def test_help_shows_an_example(command: str) -> None:
+    done = unteach(command, "--help")
+    assert done.returncode == 0
+    assert "Example:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("run", "quikstart"), "did you mean quickstart?"),
+        (("run",), "Name a recipe"),
+        (("run", "tiny", "--config", "x.yaml"), "one of the two"),
+        (("run", "--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (("run", "tiny", "--set", "optim.lrr=1"), "did you mean optim.lr?"),
+        (("report", "tiny"), "`unteach evaluate`"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, arguments: tuple[str, ...], part: str
+) -> None:
+    here = ("--set", f"run.folder={tmp_path}") if "--set" not in arguments else ()
+    done = unteach(*arguments, *here)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = unteach("run", "quikstart", "--debug", "--set", f"run.folder={tmp_path}")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
