@@ -68,6 +68,12 @@ class Run:
         settings = self.config.model.model_copy(update={"dtype": dtype})
         return load_model(path, settings, device=self.world.device)
 
+    def remember(self) -> None:
+        """Write config.yaml and environment.json, once a stage has work to do and may do it."""
+        if self.world.rank == 0:
+            write_atomic(self.folder / "config.yaml", dump_config(self.config).encode())
+            write_json(self.folder / "environment.json", environment(self.world))
+
     def split(self, name: str) -> list[Record]:
         """Records of a split, in file order."""
         return [record for record in self.records if record.split == name]
@@ -99,8 +105,8 @@ def open_run(config: Config, world: World) -> Run:
         intentions = load_intentions(Path(config.teacher.intentions))
     folder = Path(config.run.folder)
     if world.rank == 0:
-        _make_folder(folder, config, world)
-        origin = resolve_model(config.model.path, folder)
+        _make_folder(folder)
+        resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
@@ -144,13 +150,11 @@ def records_fingerprint(records: Sequence[Record]) -> str:
     return digest([record.model_dump() for record in records])
 
 
-def _make_folder(folder: Path, config: Config, world: World) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(unwritable(folder, error)) from error
-    write_atomic(folder / "config.yaml", dump_config(config).encode())
-    write_json(folder / "environment.json", environment(world))
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def target_stage(run: Run) -> None:
     if stamp_matches(run.folder, "target", inputs, output):
         say("target: done before, skipped")
         return
+    run.remember()
     streams = target_streams(config, run.tokenizer, run.records, run.intentions)
     train(
         Job(
@@ -108,6 +109,7 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
         )
         say("teach: done before, skipped")
         return TeacherCache.open(folder, expected=fingerprints)
+    run.remember()
     return build_cache(
         run.config,
         run.load(run.base, run.config.teacher.dtype),
@@ -135,6 +137,7 @@ def train_stage(run: Run, cache: TeacherCache) -> None:
     if stamp_matches(run.folder, "train", inputs, output):
         say("train: done before, skipped")
         return
+    run.remember()
     method = find_method(config.method.name)
     train(
         Job(
@@ -219,6 +222,7 @@ def evaluate_stage(run: Run) -> None:
             if result is not None:
                 say(f"evaluate {role}: done before, skipped")
             else:
+                run.remember()
                 model = run.load(path, "float32")
                 result = evaluate(
                     config, model, run.tokenizer, run.records, mmlu=mmlu, title=f"evaluate {role}"

@@ -11,6 +11,8 @@ import numpy as np
 
 from unteach.engine.data.tokens import Example, common_length
 
+WINDOW = 6  # batches among which like lengths are sought
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -41,7 +43,7 @@ def draw(streams: Sequence[Stream], seed: int, step: int) -> list[Example]:
         stream = streams[index]
         size = len(stream.examples)
         for place in range(turn * stream.per_step, (turn + 1) * stream.per_step):
-            order = _epoch_order(seed, index, place // size, size)
+            order = _epoch_order(stream, seed, index, place // size)
             chosen.append(stream.examples[order[place % size]])
     return chosen
 
@@ -77,8 +79,23 @@ def rank_batches(
 
 
 @lru_cache(maxsize=64)
-def _epoch_order(seed: int, stream: int, epoch: int, size: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng((seed, stream, epoch)).permutation(size).tolist())
+def _epoch_order(stream: Stream, seed: int, index: int, epoch: int) -> tuple[int, ...]:
+    """One shuffled pass; a stream that steps alone meets like lengths, so that little is padded."""
+    rng = np.random.default_rng((seed, index, epoch))
+    order = rng.permutation(len(stream.examples)).tolist()
+    if stream.steps is None:
+        return tuple(order)
+    lengths = [len(e.context) + len(e.response) for e in stream.examples]
+    window, size = WINDOW * stream.per_step, stream.per_step
+    alike = [
+        place
+        for first in range(0, len(order), window)
+        for place in sorted(order[first : first + window], key=lengths.__getitem__)
+    ]
+    batches = [alike[first : first + size] for first in range(0, len(alike), size)]
+    whole = [batch for batch in batches if len(batch) == size]
+    shuffled = [whole[i] for i in rng.permutation(len(whole))] + batches[len(whole) :]
+    return tuple(place for batch in shuffled for place in batch)
 
 
 def _turn(steps: tuple[int, ...], seed: int, step: int) -> tuple[int, int]:

@@ -204,7 +204,9 @@ def test_a_finished_run_is_skipped_and_a_changed_one_refused(whole: Path) -> Non
     before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
     assert "skipped" in run(whole).stdout
     assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+    config = (whole / "config.yaml").read_bytes()
     error = run(whole, "method.k=3", code=2).stderr
+    assert (whole / "config.yaml").read_bytes() == config
     assert "was made with another method" in error and "Traceback" not in error
 
 

@@ -43,6 +43,16 @@ def test_streams_that_step_alone_share_the_run_by_their_steps() -> None:
     assert Counter(later) == seen
 
 
+def test_a_stream_that_steps_alone_meets_like_lengths() -> None:
+    rows = examples("a", 60)
+    run = [draw([Stream(rows, 5, steps=12)], 0, step) for step in range(12)]
+    spread = [max(len(e.context) for e in s) - min(len(e.context) for e in s) for s in run]
+    mixed = [draw([Stream(rows, 5)], 0, step) for step in range(12)]
+    loose = [max(len(e.context) for e in s) - min(len(e.context) for e in s) for s in mixed]
+    assert sum(spread) < 0.5 * sum(loose)
+    assert sorted(e.record_id for s in run for e in s) == sorted(e.record_id for e in rows)
+
+
 def test_shared_contexts_are_those_that_can_meet() -> None:
     one = Stream(
         (Example("a", "forget", (1, 2, 3), (9,)), Example("b", "forget", (1, 2, 4), (9,))), 1
