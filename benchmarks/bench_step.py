@@ -1,6 +1,7 @@
 """A whole training step: time, tokens a second and peak memory, ours against the usual way.
 
-`unteach` reads the teacher from cached rows and runs the head on supervised positions only.
+`unteach` reads the teacher from cached rows and runs the head on supervised positions only;
+`unteach-checkpointing` recomputes every block in the backward pass as well.
 `eager` keeps the teacher in memory, makes [B, T, V] logits of both, and lets autograd do the rest.
 Each runs in a process of its own, because a process's peak memory never comes down.
 
@@ -21,9 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from unteach.benchmarks.harness import append_rows, in_process, peak_mib
-from unteach.engine.config import OptimConfig
+from unteach.engine.config import OptimConfig, ParallelConfig
 from unteach.engine.model import PreTrainedModel, head_weight, hidden_states
 from unteach.engine.train.optim import adamw
+from unteach.engine.train.parallel import World, shard_model
 from unteach.kernels.bitopk import HiddenTeacher, bitopk_loss
 from unteach.kernels.linear_topk import linear_topk
 
@@ -34,7 +36,7 @@ PRESETS = {
     "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, True),
     "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8, False),
 }
-PROVIDERS = ("unteach", "eager")
+PROVIDERS = ("unteach", "unteach-checkpointing", "eager")
 
 
 def build(preset: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -101,12 +103,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Median step time and peak memory of one provider, in this process."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.set_num_threads(options.threads)
+    before = peak_mib(device)
     model = build(options.preset, device, dtype)
+    if options.provider == "unteach-checkpointing":
+        shard_model(model, ParallelConfig(checkpointing="full"), World(0, 1, device, None))
     model.train()
     optimizer = adamw(model, OptimConfig(lr=1e-6))
     shape = (options.sequences, options.tokens)
     tokens_BT = torch.randint(0, PRESETS[options.preset][0], shape, device=device)
-    make = {"unteach": unteach_loss, "eager": eager_loss}[options.provider]
+    make = eager_loss if options.provider == "eager" else unteach_loss
     loss = make(model, tokens_BT, options.k)
     times = []
     for _ in range(options.steps + 1):
@@ -132,9 +137,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "max_ms": max(times[1:]),
         "tokens_per_second": 1e3 * options.sequences * options.tokens / median,
         "peak_mib": peak,
-        # weights, gradients and AdamW's two moments; what is above them is the method's own
+        # the process before the model; weights, gradients and AdamW's two moments; the rest
+        "before_mib": before,
         "state_mib": 4 * parameters,
-        "above_state_mib": peak - 4 * parameters,
+        "above_state_mib": peak - before - 4 * parameters,
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import PreTrainedModel as PreTrainedModel
@@ -225,7 +226,10 @@ def export_model(
     tied = bool(model.config.tie_word_embeddings)
     weights = {name: value for name, value in state.items() if not (tied and "lm_head" in name)}
     with renamed_into_place(folder) as partial:
-        save_torch_state_dict(weights, partial)
+        try:
+            save_torch_state_dict(weights, partial)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         model.config.save_pretrained(partial)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,7 @@ def test_every_step_is_logged_and_training_learns(whole: Path) -> None:
 
 
 def test_losses_are_the_golden_ones(whole: Path) -> None:
+    """A change of these is a change of the numerics: `step` and `loss` of the first 20 lines."""
     golden = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
     for line, expected in zip(steps(whole)[:20], golden, strict=True):
         assert line["step"] == expected["step"]
@@ -198,6 +200,35 @@ def test_two_rank_checkpoint_resumes_on_one_rank(whole: Path, tmp_path: Path) ->
     (folder / "train.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
     run(folder)
     assert_same_training(whole, folder)
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings", "part"),
+    [
+        (600_000, (), "step-000005 cannot be written"),
+        (200_000, ("run.checkpoint_every=null",), "model cannot be written"),
+    ],
+    ids=["checkpoint", "export"],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    whole: Path, tmp_path: Path, limit: int, settings: tuple[str, ...], part: str
+) -> None:
+    folder = taught(whole, tmp_path / "run")
+    done = subprocess.run(
+        command(folder, *settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr and "free space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(folder.rglob("*.partial*")) and not (folder / "model").exists()
+    run(folder)
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
 def test_a_finished_run_is_skipped_and_a_changed_one_refused(whole: Path) -> None:
