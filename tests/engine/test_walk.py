@@ -1,0 +1,106 @@
+"""The whole walk of recipe tiny, and what stands in the run folder afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def unteach(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        command(*arguments, folder=folder), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def command(*arguments: str, folder: Path) -> list[str]:
+    settings = (f"run.folder={folder}", "run.device=cpu", "run.threads=1")
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "unteach.recipes.cli", *arguments, *chosen]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("walk") / "run"
+    unteach("run", "tiny", folder=folder)
+    return folder
+
+
+def test_the_run_folder_holds_all_that_it_promises(walked: Path) -> None:
+    files = ["config.yaml", "environment.json", "train.jsonl", "report.md", "report.html"]
+    files += ["radar.png", "loss.png", "evaluation/summary.json", "evaluation/samples.jsonl"]
+    files += ["model/config.json", "model/model.safetensors", "model/README.md"]
+    files += ["cache/manifest.json", "cache/head.safetensors", "cache/rows-00000.safetensors"]
+    assert [name for name in files if not (walked / name).is_file()] == []
+    summary = json.loads((walked / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    for side in (summary["base"], summary["model"]):
+        assert side.keys() == {"forget", "general", "neighbor", "attack"}
+        assert all(score.keys() == {"value", "n", "low", "high"} for score in side.values())
+    assert not list(walked.rglob("*.partial"))
+
+
+def test_a_second_run_changes_nothing(walked: Path) -> None:
+    names = ("cache", "model/model.safetensors", "target", "evaluation", "config.yaml")
+    before = {name: value for name, value in digests(walked).items() if name.startswith(names)}
+    output = unteach("run", "--config", str(walked / "config.yaml"), folder=walked)
+    assert output.count("done before, skipped") == 5
+    after = {name: value for name, value in digests(walked).items() if name.startswith(names)}
+    assert after == before
+
+
+def test_transformers_alone_answers_as_the_samples_say(walked: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(walked / "model")
+    tokenizer = AutoTokenizer.from_pretrained(walked / "model")
+    lines = (walked / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    asked = [s for s in samples if s["model"] == "model" and s["suite"] in ("forget", "attack")]
+    assert len(asked) == 7
+    for sample in asked:
+        chat = [{"role": "user", "content": sample["question"]}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text += (sample["prefix"] or "").rstrip()
+        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        answer = model.generate(tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == sample["generation"]
+
+
+def test_cache_is_the_teachers_own_forward(walked: Path) -> None:
+    assert "100.00% have the model's own argmax" in unteach(
+        "teach", "tiny", "--verify", folder=walked
+    )
+
+
+def test_teach_killed_goes_on_to_the_same_bytes(walked: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command("teach", "tiny", folder=folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    until = time.monotonic() + 120
+    while not (folder / "cache" / "rows-00001.safetensors").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    unteach("teach", "tiny", folder=folder)
+    assert digests(folder / "cache") == digests(walked / "cache")
