@@ -47,7 +47,9 @@ from unteach.kernels.teachers import (
     Teacher,
     TeacherReader,
     check_teacher,
+    teacher_operands,
 )
+from unteach.kernels.triton_launch import MAX_K, MAX_LISTED
 
 __all__ = [
     "BitopkOutput",
@@ -113,8 +115,10 @@ class _SparseLoss(torch.autograd.Function):
         grad_ND: Tensor | None,
         pairs: Pairs,
         scale: float,
+        backend: str,
     ) -> Tensor:
-        ctx.scale, ctx.vocab, ctx.dtype = scale, head_VD.shape[0], hidden_ND.dtype
+        ctx.backend, ctx.scale = backend, scale
+        ctx.vocab, ctx.dtype = head_VD.shape[0], hidden_ND.dtype
         wants_head, wants_bias = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(
             grad_ND,
@@ -128,14 +132,14 @@ class _SparseLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND, hidden_ND, bias_V, *columns = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * 7
+        grads: list[Tensor | None] = [None] * 8
         if ctx.needs_input_grad[0]:
             grads[0] = (grad_ND * grad_output).to(ctx.dtype)
         if columns:
             rows_P, ids_P, slopes_P = columns
             pairs = Pairs(rows_P, ids_P, slopes_P * grad_output)
             if ctx.needs_input_grad[1]:
-                grads[1] = head_grad(pairs, hidden_ND, ctx.vocab, ctx.scale)
+                grads[1] = head_grad(pairs, hidden_ND, ctx.vocab, ctx.scale, ctx.backend)
             if ctx.needs_input_grad[2]:
                 grads[2] = bias_grad(pairs, bias_V)
         return tuple(grads)
@@ -179,23 +183,52 @@ def bitopk_loss(
     limit = _check(
         hidden_ND, head_VD, teacher, options, vocab, weight_N, normalizer, bias_V, seeds_NS
     )
-    choose_backend(backend)
-    grows = torch.is_grad_enabled()
-    with torch.no_grad():
-        dtype = accumulation_dtype(hidden_ND)
-        forward = forward_torch(
-            LinearSource(hidden_ND, head_VD, bias_V, scale, dtype),
-            TeacherReader(teacher, k=k, vocab=limit, scale=scale, softcap=softcap, dtype=dtype),
-            options,
-            weight_N=weight_N,
-            normalizer=max(hidden_ND.shape[0], 1) if normalizer is None else normalizer,
-            seeds_NS=seeds_NS,
-            wants_hidden_grad=grows and hidden_ND.requires_grad,
-        )
-    loss = _SparseLoss.apply(
-        hidden_ND, head_VD, bias_V, forward.output.loss, forward.grad_ND, forward.pairs, scale
+    backend = choose_backend(
+        backend, hidden_ND, *teacher_operands(teacher), without_triton=_too_wide(teacher, options)
     )
-    return forward.output._replace(loss=loss)
+    normalizer = max(hidden_ND.shape[0], 1) if normalizer is None else normalizer
+    wants_hidden_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
+    with torch.no_grad():
+        if backend == "triton":
+            from unteach.kernels.bitopk_triton import forward_triton
+            from unteach.kernels.triton_source import TritonLinear
+
+            forward = forward_triton(
+                TritonLinear.of(hidden_ND, head_VD, bias_V, scale),
+                teacher,
+                options,
+                vocab=limit,
+                weight_N=weight_N,
+                normalizer=normalizer,
+                seeds_NS=seeds_NS,
+                wants_hidden_grad=wants_hidden_grad,
+            )
+        else:
+            dtype = accumulation_dtype(hidden_ND)
+            forward = forward_torch(
+                LinearSource(hidden_ND, head_VD, bias_V, scale, dtype),
+                TeacherReader(teacher, k=k, vocab=limit, scale=scale, softcap=softcap, dtype=dtype),
+                options,
+                weight_N=weight_N,
+                normalizer=normalizer,
+                seeds_NS=seeds_NS,
+                wants_hidden_grad=wants_hidden_grad,
+            )
+    found = forward.output
+    loss = _SparseLoss.apply(
+        hidden_ND, head_VD, bias_V, found.loss, forward.grad_ND, forward.pairs, scale, backend
+    )
+    return found._replace(loss=loss)
+
+
+def _too_wide(teacher: Teacher, options: LossOptions) -> str | None:
+    """Why the kernels cannot hold this problem in registers."""
+    if options.k > MAX_K:
+        return f"k is {options.k}, the kernels hold {MAX_K}"
+    ids_NM = None if isinstance(teacher, LogitsTeacher) else teacher.ids_NM
+    if ids_NM is not None and ids_NM.shape[1] > MAX_LISTED:
+        return f"teacher.ids_NM has {ids_NM.shape[1]} ids a row, the kernels hold {MAX_LISTED}"
+    return None
 
 
 def _check(

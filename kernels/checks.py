@@ -9,18 +9,48 @@ import math
 import torch
 from torch import Tensor
 
-BACKENDS = ("torch",)
+from unteach.kernels.triton_launch import have_triton, interpreting
+
+BACKENDS = ("torch", "triton")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def choose_backend(backend: str) -> str:
-    """Name the code path that serves this call."""
-    if backend == "auto":
-        return BACKENDS[0]
-    if backend not in BACKENDS:
+def choose_backend(
+    backend: str, *operands: Tensor | None, without_triton: str | None = None
+) -> str:
+    """Name the code path that serves this call.
+
+    Args:
+        operands: the tensors that a kernel would read; where one of them is float64, or not on a
+            GPU, the call is not for `triton`.
+        without_triton: why the op has no `triton` path for these arguments; None where it has.
+    """
+    if backend not in ("auto", *BACKENDS):
         known = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {known}, got {backend!r}")
-    return backend
+    if backend == "torch":
+        return backend
+    present = [x for x in operands if x is not None]
+    if backend == "auto" and not all(x.is_cuda for x in present):
+        return "torch"
+    reason = without_triton or _no_triton(present)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot serve this call: {reason}; 'torch' can")
+    return "torch"
+
+
+def _no_triton(operands: list[Tensor]) -> str | None:
+    """Why the kernels cannot run on these tensors."""
+    if not have_triton():
+        return "triton is not installed"
+    if any(x.dtype == torch.float64 for x in operands):
+        return "an operand is float64"
+    on_gpu = all(x.is_cuda for x in operands)
+    if not on_gpu and not interpreting():
+        return "it needs tensors on a CUDA device, or TRITON_INTERPRET=1 before the first import"
+    return None
 
 
 def check_linear(

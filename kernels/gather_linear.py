@@ -23,7 +23,7 @@ from unteach.kernels.checks import (
     choose_backend,
     valid_ids,
 )
-from unteach.kernels.logit_source import LinearSource, soft_cap, soft_cap_slope
+from unteach.kernels.logit_source import ExactSource, LinearSource, soft_cap, soft_cap_slope
 from unteach.kernels.sparse_grad import Pairs, bias_grad, head_grad, hidden_grad
 
 
@@ -56,13 +56,10 @@ class _GatherLinear(torch.autograd.Function):
         bias_V: Tensor | None,
         softcap: float | None,
         scale: float,
+        backend: str,
     ) -> Tensor:
-        source = LinearSource(hidden_ND, head_VD, bias_V, scale, accumulation_dtype(hidden_ND))
-        rows_P, slots_P = (ids_NU >= 0).nonzero(as_tuple=True)
-        raw_P = source.values(rows_P, ids_NU[rows_P, slots_P])
-        z_NU = torch.zeros(ids_NU.shape, dtype=source.dtype, device=source.device)
-        z_NU[rows_P, slots_P] = soft_cap(raw_P, softcap)
-        ctx.softcap, ctx.scale = softcap, scale
+        z_NU = soft_cap(_source(hidden_ND, head_VD, bias_V, scale, backend).at(ids_NU), softcap)
+        ctx.softcap, ctx.scale, ctx.backend = softcap, scale, backend
         ctx.rows, ctx.vocab, ctx.dtype = hidden_ND.shape[0], head_VD.shape[0], hidden_ND.dtype
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -80,16 +77,35 @@ class _GatherLinear(torch.autograd.Function):
         hidden_ND, head_VD, bias_V, ids_NU, z_NU = ctx.saved_tensors
         if z_NU is not None:
             grad_NU = grad_NU * soft_cap_slope(z_NU, ctx.softcap)
-        rows_P, slots_P = (ids_NU >= 0).nonzero(as_tuple=True)
-        pairs = Pairs(rows_P, ids_NU[rows_P, slots_P], grad_NU[rows_P, slots_P])
-        grads: list[Tensor | None] = [None] * 6
+        pairs = _pairs(ids_NU, grad_NU, ctx.backend)
+        grads: list[Tensor | None] = [None] * 7
         if ctx.needs_input_grad[0]:
-            grads[0] = hidden_grad(pairs, head_VD, ctx.rows, ctx.scale).to(ctx.dtype)
+            grad_ND = hidden_grad(pairs, head_VD, ctx.rows, ctx.scale, ctx.backend)
+            grads[0] = grad_ND.to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            grads[1] = head_grad(pairs, hidden_ND, ctx.vocab, ctx.scale)
+            grads[1] = head_grad(pairs, hidden_ND, ctx.vocab, ctx.scale, ctx.backend)
         if ctx.needs_input_grad[3]:
             grads[3] = bias_grad(pairs, bias_V)
         return tuple(grads)
+
+
+def _source(
+    hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, scale: float, backend: str
+) -> ExactSource:
+    if backend == "triton":
+        from unteach.kernels.triton_source import TritonLinear
+
+        return TritonLinear.of(hidden_ND, head_VD, bias_V, scale)
+    return LinearSource(hidden_ND, head_VD, bias_V, scale, accumulation_dtype(hidden_ND))
+
+
+def _pairs(ids_NU: Tensor, grad_NU: Tensor, backend: str) -> Pairs:
+    if backend == "triton":
+        rows_N1 = torch.arange(ids_NU.shape[0], dtype=torch.int32, device=ids_NU.device)[:, None]
+        slopes_NU = grad_NU.masked_fill(ids_NU < 0, 0)
+        return Pairs(rows_N1.expand_as(ids_NU).flatten(), ids_NU.flatten(), slopes_NU.flatten())
+    rows_P, slots_P = (ids_NU >= 0).nonzero(as_tuple=True)
+    return Pairs(rows_P, ids_NU[rows_P, slots_P], grad_NU[rows_P, slots_P])
 
 
 def gather_linear(
@@ -116,7 +132,9 @@ def gather_linear(
     check_linear(hidden_ND, head_VD, bias_V)
     check_logit_rule(scale, softcap)
     check_ids("ids_NU", ids_NU, hidden_ND.shape[0], hidden_ND.device)
-    choose_backend(backend)
+    backend = choose_backend(backend, hidden_ND)
     ids_NU = valid_ids(ids_NU, head_VD.shape[0])
-    logits_NU: Tensor = _GatherLinear.apply(hidden_ND, head_VD, ids_NU, bias_V, softcap, scale)
+    logits_NU: Tensor = _GatherLinear.apply(
+        hidden_ND, head_VD, ids_NU, bias_V, softcap, scale, backend
+    )
     return logits_NU

@@ -154,7 +154,7 @@ def linear_kl(
             "like hidden_ND"
         )
     limit = check_vocab(vocab, min(head_VD.shape[0], reference_head_VE.shape[0]))
-    choose_backend(backend)
+    choose_backend(backend, hidden_ND, without_triton="linear_kl has no kernels of its own")
     kl_N: Tensor = _LinearKL.apply(
         hidden_ND,
         head_VD,

@@ -141,7 +141,7 @@ def linear_logprob(
     check_linear(hidden_ND, head_VD, bias_V)
     check_logit_rule(scale, softcap)
     check_ids("labels_N", labels_N, hidden_ND.shape[0], hidden_ND.device, dimensions=1)
-    choose_backend(backend)
+    choose_backend(backend, hidden_ND, without_triton="linear_logprob has no kernels of its own")
     labels_N = valid_ids(labels_N, head_VD.shape[0])
     logp_N: Tensor = _LinearLogprob.apply(hidden_ND, head_VD, labels_N, bias_V, softcap, scale)
     return logp_N

@@ -24,6 +24,7 @@ from unteach.kernels.checks import (
 )
 from unteach.kernels.logit_source import LinearSource, soft_cap
 from unteach.kernels.topk_filter import exact_topk, row_blocks, tile_width
+from unteach.kernels.triton_launch import MAX_K
 
 
 def linear_topk_reference(
@@ -80,7 +81,9 @@ def linear_topk(
     n, device = hidden_ND.shape[0], hidden_ND.device
     if seeds_NS is not None:
         check_ids("seeds_NS", seeds_NS, n, device)
-    choose_backend(backend)
+    too_wide = None if k <= MAX_K else f"k is {k}, its running list holds {MAX_K}"
+    if choose_backend(backend, hidden_ND, without_triton=too_wide) == "triton":
+        return _linear_topk_triton(hidden_ND, head_VD, k, limit, seeds_NS, bias_V, softcap, scale)
     dtype = accumulation_dtype(hidden_ND)
     raw_NK = torch.empty(n, k, dtype=dtype, device=device)
     ids_NK = torch.empty(n, k, dtype=torch.int64, device=device)
@@ -92,3 +95,22 @@ def linear_topk(
             top = exact_topk(source.take(rows), k, limit, tile=tile, seeds_NS=seeds)
             raw_NK[rows], ids_NK[rows] = top.raw_NK, top.ids_NK
     return soft_cap(raw_NK, softcap), ids_NK
+
+
+def _linear_topk_triton(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    k: int,
+    vocab: int,
+    seeds_NS: Tensor | None,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from unteach.kernels.topk_triton import search
+    from unteach.kernels.triton_source import TritonLinear
+
+    with torch.no_grad():
+        source = TritonLinear.of(hidden_ND, head_VD, bias_V, scale)
+        top = search(source, k, vocab, seeds_NS=seeds_NS).top
+        return soft_cap(top.raw_NK, softcap), top.ids_NK

@@ -24,21 +24,29 @@ from unteach.kernels.fixed_dot import gather_dot
 _INPUT_ROUNDOFF = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 
-class LogitSource(Protocol):
-    """Rows of logits before the soft cap."""
-
-    dtype: torch.dtype
-    device: torch.device
+class ExactSource(Protocol):
+    """Rows of logits before the soft cap, at chosen ids."""
 
     @property
     def rows(self) -> int: ...
 
-    def take(self, rows: slice | Tensor) -> LogitSource:
-        """The same source for some of its rows."""
-        ...
-
     def finite(self) -> Tensor | None:
         """Which rows can have finite logits; None where that is not known beforehand."""
+        ...
+
+    def at(self, ids_NU: Tensor) -> Tensor:
+        """The logits that decide, at some ids of each row; 0 where the id is -1."""
+        ...
+
+
+class LogitSource(ExactSource, Protocol):
+    """Rows of logits before the soft cap, in tiles too."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def take(self, rows: slice | Tensor) -> LogitSource:
+        """The same source for some of its rows."""
         ...
 
     def tile(self, start: int, stop: int) -> Tensor:
@@ -113,6 +121,9 @@ class LinearSource:
             dot_P.add_(self.bias_V.index_select(0, ids_P).to(self.dtype))
         return dot_P
 
+    def at(self, ids_NU: Tensor) -> Tensor:
+        return _values_at(self, ids_NU)
+
     def head_tile(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the head in the accumulation dtype; a view where that is free."""
         w = self.head_VD[start:stop]
@@ -182,6 +193,9 @@ class GivenSource:
         rows_P = rows_P if self.index_N is None else self.index_N[rows_P]
         return self.logits_NV[rows_P, ids_P].to(self.dtype)
 
+    def at(self, ids_NU: Tensor) -> Tensor:
+        return _values_at(self, ids_NU)
+
 
 def soft_cap(raw: Tensor, softcap: float | None) -> Tensor:
     """The model's final logits from those before the soft cap.
@@ -197,6 +211,13 @@ def soft_cap(raw: Tensor, softcap: float | None) -> Tensor:
 def soft_cap_slope(z: Tensor, softcap: float) -> Tensor:
     """dz / d raw at final logits `z`."""
     return 1 - (z / softcap) ** 2
+
+
+def _values_at(source: LogitSource, ids_NU: Tensor) -> Tensor:
+    rows_P, slots_P = (ids_NU >= 0).nonzero(as_tuple=True)
+    raw_NU = torch.zeros(ids_NU.shape, dtype=source.dtype, device=source.device)
+    raw_NU[rows_P, slots_P] = source.values(rows_P, ids_NU[rows_P, slots_P])
+    return raw_NU
 
 
 def _largest_finite(x: Tensor) -> float:

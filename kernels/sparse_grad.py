@@ -23,22 +23,40 @@ from unteach.kernels.fixed_dot import gather_rows, slice_pairs
 
 @dataclass(frozen=True)
 class Pairs:
-    """The (row, id) pairs that carry gradient, rows ascending."""
+    """The (row, id) pairs that carry gradient, rows ascending.
+
+    On the triton backend an id may be -1: an empty slot, of slope 0.
+    """
 
     rows_P: Tensor
     ids_P: Tensor
     slopes_P: Tensor  # dL / d raw, accumulation dtype
 
 
-def hidden_grad(pairs: Pairs, head_VD: Tensor, rows: int, scale: float) -> Tensor:
-    """[rows, D] in the accumulation dtype, so that a loss scale can still be applied."""
+def hidden_grad(
+    pairs: Pairs, head_VD: Tensor, rows: int, scale: float, backend: str = "torch"
+) -> Tensor:
+    """[rows, D] in the accumulation dtype, so that a loss scale can still be applied.
+
+    On the triton backend each row has equally many pairs, empty slots among them.
+    """
+    if backend == "triton":
+        from unteach.kernels.sparse_grad_triton import hidden_grad_triton
+
+        return hidden_grad_triton(pairs, head_VD, rows, scale)
     grad_ND = pairs.slopes_P.new_zeros(rows, head_VD.shape[1])
     _add_weighted_rows(grad_ND, pairs.rows_P, head_VD, pairs.ids_P, pairs.slopes_P * scale)
     return grad_ND
 
 
-def head_grad(pairs: Pairs, hidden_ND: Tensor, vocab: int, scale: float) -> Tensor:
+def head_grad(
+    pairs: Pairs, hidden_ND: Tensor, vocab: int, scale: float, backend: str = "torch"
+) -> Tensor:
     """Dense [vocab, D] in the dtype of the hidden states, zero where no pair fell."""
+    if backend == "triton":
+        from unteach.kernels.sparse_grad_triton import head_grad_triton
+
+        return head_grad_triton(pairs, hidden_ND, vocab, scale)
     width, dtype = hidden_ND.shape[1], pairs.slopes_P.dtype
     grad_VD = torch.zeros(vocab, width, dtype=hidden_ND.dtype, device=hidden_ND.device)
     ids_P, order = pairs.ids_P.to(torch.int64).sort(stable=True)
@@ -62,7 +80,7 @@ def head_grad(pairs: Pairs, hidden_ND: Tensor, vocab: int, scale: float) -> Tens
 def bias_grad(pairs: Pairs, bias_V: Tensor) -> Tensor:
     """Dense gradient of the bias, zero where no pair fell."""
     grad_V = torch.zeros(bias_V.shape[0], dtype=pairs.slopes_P.dtype, device=bias_V.device)
-    ids_P, order = pairs.ids_P.to(torch.int64).sort(stable=True)
+    ids_P, order = pairs.ids_P.to(torch.int64).clamp(min=0).sort(stable=True)
     _add_in_order(grad_V, ids_P, pairs.slopes_P[order])
     return grad_V.to(bias_V.dtype)
 

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from unteach.kernels.checks import check_device, check_ids, check_linear, valid_ids
-from unteach.kernels.logit_source import GivenSource, LinearSource, LogitSource, soft_cap
+from unteach.kernels.logit_source import (
+    ExactSource,
+    GivenSource,
+    LinearSource,
+    LogitSource,
+    soft_cap,
+)
 from unteach.kernels.topk_filter import exact_topk, tile_width
 from unteach.kernels.topk_rank import first_occurrences
 
@@ -61,14 +67,14 @@ class TeacherRows:
 
     ids_NM: Tensor  # int64, each id once in a row, -1 elsewhere
     logits_NM: Tensor  # final logits at these ids
-    source: LogitSource | None  # answers for other ids; None where nothing is known
+    source: ExactSource | None  # answers for other ids; None where nothing is known
     softcap: float | None  # to apply to what the source says
     fallback: int
 
-    def logits(self, rows_P: Tensor, ids_P: Tensor) -> Tensor:
-        """Final logits at single pairs."""
+    def logits_at(self, ids_NU: Tensor) -> Tensor:
+        """Final logits at ids of the student's choosing; 0 where the id is -1."""
         assert self.source is not None
-        return soft_cap(self.source.values(rows_P, ids_P), self.softcap)
+        return soft_cap(self.source.at(ids_NU), self.softcap)
 
 
 def check_teacher(teacher: Teacher, k: int, rows: int, device: torch.device) -> int | None:
@@ -92,6 +98,15 @@ def check_teacher(teacher: Teacher, k: int, rows: int, device: torch.device) -> 
     elif teacher.logits_NM is not None:
         raise ValueError("teacher.logits_NM needs teacher.ids_NM to say which ids it speaks of")
     return teacher.head_VE.shape[0]
+
+
+def teacher_operands(teacher: Teacher) -> list[Tensor | None]:
+    """The floating tensors of a teacher that decide which code path can read it."""
+    if isinstance(teacher, LogitsTeacher):
+        return [teacher.logits_NV]
+    if isinstance(teacher, SparseTeacher):
+        return [teacher.logits_NM]
+    return [teacher.hidden_NE, teacher.head_VE, teacher.logits_NM]
 
 
 class TeacherReader:
@@ -136,10 +151,7 @@ class TeacherReader:
             logits = given.detach()[rows].to(self.dtype)
             return TeacherRows(ids_NM, logits, source, self.softcap, 0)
         assert source is not None
-        pairs = (ids_NM >= 0).nonzero(as_tuple=True)
-        logits = torch.zeros(ids_NM.shape, dtype=self.dtype, device=ids_NM.device)
-        raw_P = source.values(pairs[0], ids_NM[pairs])
-        logits[pairs] = soft_cap(raw_P, self.softcap).to(self.dtype)
+        logits = soft_cap(source.at(ids_NM), self.softcap).to(self.dtype)
         return TeacherRows(ids_NM, logits, source, self.softcap, 0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unteach.kernels.fixed_dot import tree_sum_
-from unteach.kernels.logit_source import LinearSource, soft_cap, soft_cap_slope
+from unteach.kernels.logit_source import ExactSource, soft_cap, soft_cap_slope
 from unteach.kernels.teachers import TeacherRows
 from unteach.kernels.topk_filter import TopK
 
@@ -33,7 +33,7 @@ class Union:
 def join_sets(
     teacher: TeacherRows,
     student: TopK | None,
-    source: LinearSource,
+    source: ExactSource,
     *,
     k: int,
     alpha: float,
@@ -65,12 +65,13 @@ def join_sets(
         if student is not None:
             coverage_N = paired.sum(1) / student.ids_NK.shape[1]
 
-    only_teacher = (live & ~in_student).nonzero(as_tuple=True)
-    raw_s[only_teacher] = source.values(only_teacher[0], ids[only_teacher])
-    only_student = (live & ~listed).nonzero(as_tuple=True)
-    if only_student[0].numel():
-        found = teacher.logits(only_student[0], ids[only_student])
-        z_t[only_student] = found.to(z_t.dtype)
+    only_teacher = live & ~in_student
+    asked_s = source.at(ids.masked_fill(~only_teacher, -1))
+    raw_s = torch.where(only_teacher, asked_s, raw_s)
+    if teacher.source is not None:
+        only_student = live & ~listed
+        asked_t = teacher.logits_at(ids.masked_fill(~only_student, -1))
+        z_t = torch.where(only_student, asked_t.to(z_t.dtype), z_t)
     # the search may never have read what is wrong with a row
     for side in (source, teacher.source):
         finite = None if side is None else side.finite()

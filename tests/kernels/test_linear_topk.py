@@ -314,7 +314,7 @@ H, W = torch.zeros(4, 8), torch.zeros(50, 8)
         ((H, W, 3), {"seeds_NS": torch.zeros(3, 6).long()}, "seeds_NS.*4 rows"),
         ((H, W, 3), {"seeds_NS": torch.zeros(4, 6)}, "seeds_NS must hold integers"),
         ((H, W.to("meta"), 3), {}, "head_VD is on meta, expected cpu"),
-        ((H, W, 3), {"backend": "cuda"}, "'auto', 'torch', got 'cuda'"),
+        ((H, W, 3), {"backend": "cuda"}, "'auto', 'torch', 'triton', got 'cuda'"),
     ],
 )
 def test_what_does_not_fit_is_refused(

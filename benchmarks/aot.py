@@ -1,0 +1,329 @@
+"""Compile every Triton kernel for every architecture, without a GPU, and hold it to a budget.
+
+`python -m unteach.benchmarks.aot` builds one configuration per kernel and architecture, `--all`
+every shipped one. Per build: registers a thread, bytes spilled, shared memory, tensor-core
+instructions. A build fails that does not compile, asks for more shared memory than the
+architecture has, spills on sm_90, or multiplies 16-bit tiles without tensor cores. Pointers and
+strides are declared divisible by 16, as the launcher does for aligned tensors: without that the
+figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unteach.kernels.triton_launch import (
+    ARCHITECTURES,
+    EXHAUSTIVE_BLOCK,
+    EXHAUSTIVE_KEPT,
+    EXHAUSTIVE_WARPS,
+    GATHER_BLOCK,
+    GRAD_COLUMNS,
+    MAX_K,
+    append_tile,
+    extract_tile,
+    have_triton,
+    interpreting,
+    kept_width,
+    next_power,
+)
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Types of arguments by name; what is not listed is a 32-bit integer.
+FLOATS = ("scale", "beta", "gate", "softcap")
+POINTERS = {
+    "bias_ptr": "*fp32",
+    "part_ptr": "*i64",
+    "keys_ptr": "*i64",
+    "raw_ptr": "*fp32",
+    "student_ptr": "*fp32",
+    "teacher_ptr": "*fp32",
+    "weight_ptr": "*fp32",
+    "live_ptr": "*u8",
+    "factor_ptr": "*fp32",
+    "loss_ptr": "*fp32",
+    "slope_ptr": "*fp32",
+    "slopes_ptr": "*fp32",
+    "kept_ptr": "*fp32",
+}
+INPUTS = ("x_ptr", "w_ptr")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with one set of constants for one architecture."""
+
+    name: str
+    kernel: Any
+    architecture: str
+    constants: dict[str, int | bool]
+    dtype: str = "bf16"
+    grad: str | None = None  # type of grad_ptr
+    warps: int = 4
+    stages: int = 3
+    fusion: bool = True
+    multiplies: bool = False
+    odd: bool = False  # widths and strides that are no multiples of 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out of a build."""
+
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    tensor_cores: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def builds(architecture: str, everything: bool) -> Iterator[Build]:
+    """What ships for an architecture; without `everything` one build a kernel."""
+    from unteach.kernels import pair_dot, tile_grad, tile_topk
+
+    ks = (MAX_K, 64, 32, 16, 1) if everything else (32,)
+    dtypes = tuple(WIDTHS) if everything else ("bf16",)
+    for dtype in dtypes:
+        for k in ks:
+            kept = kept_width(k)
+            for given, odd in ((False, False), (True, False), (False, True)):
+                if (given or odd) and not everything:
+                    continue
+                plain = not given and (odd or WIDTHS[dtype] > 2)
+                tile = extract_tile(architecture, kept, plain=plain)
+                yield Build(
+                    f"extract k={k}" + " given" * given + " odd" * odd,
+                    tile_topk.extract_kernel,
+                    architecture,
+                    {
+                        "GIVEN": given,
+                        "HAS_BIAS": odd,
+                        "EVEN_D": not odd,
+                        "UPCAST": False,
+                        "SPLITS": 4,
+                        "KEPT": kept,
+                        "BLOCK_N": tile.block_n,
+                        "BLOCK_V": tile.block_v,
+                        "BLOCK_D": tile.depth(WIDTHS[dtype]),
+                    },
+                    dtype,
+                    warps=tile.warps,
+                    stages=tile.stages,
+                    multiplies=not given,
+                    odd=odd,
+                )
+        for odd in (False, True) if everything else (False,):
+            tile = append_tile(architecture, plain=odd or WIDTHS[dtype] > 2)
+            yield Build(
+                "append" + " odd" * odd,
+                tile_topk.append_kernel,
+                architecture,
+                {
+                    "GIVEN": False,
+                    "HAS_BIAS": odd,
+                    "EVEN_D": not odd,
+                    "UPCAST": False,
+                    "SPLITS": 4,
+                    "SLOTS": 64,
+                    "BLOCK_N": tile.block_n,
+                    "BLOCK_V": tile.block_v,
+                    "BLOCK_D": tile.depth(WIDTHS[dtype]),
+                },
+                dtype,
+                warps=tile.warps,
+                stages=tile.stages,
+                multiplies=True,
+                odd=odd,
+            )
+        for kept in sorted({max(EXHAUSTIVE_KEPT, next_power(k)) for k in ks}):
+            yield Build(
+                f"exhaustive {kept} kept",
+                tile_topk.exhaustive_kernel,
+                architecture,
+                {
+                    "HAS_BIAS": False,
+                    "SPLITS": 16,
+                    "KEPT": kept,
+                    "BLOCK_U": EXHAUSTIVE_BLOCK,
+                },
+                dtype,
+                warps=EXHAUSTIVE_WARPS,
+                fusion=False,
+            )
+        yield Build(
+            "pair_dot",
+            pair_dot.pair_dot_kernel,
+            architecture,
+            {"HAS_BIAS": False, "BLOCK_U": pair_dot.BLOCK_U},
+            dtype,
+            warps=pair_dot.WARPS,
+            fusion=False,
+        )
+        yield Build(
+            "hidden_grad",
+            tile_grad.hidden_grad_kernel,
+            architecture,
+            {"BLOCK_U": GATHER_BLOCK, "BLOCK_D": GRAD_COLUMNS},
+            dtype,
+            "fp32",
+        )
+        yield Build(
+            "head_units",
+            tile_grad.head_units_kernel,
+            architecture,
+            {"BLOCK_P": GATHER_BLOCK, "BLOCK_D": GRAD_COLUMNS},
+            dtype,
+            dtype,
+        )
+        yield Build(
+            "head_join",
+            tile_grad.head_join_kernel,
+            architecture,
+            {"BLOCK_D": GRAD_COLUMNS},
+            dtype,
+            dtype,
+        )
+    for k in ks:
+        for slots, used in ((kept_width(k), False), (64, True)):
+            if used and not everything:
+                continue
+            yield Build(
+                f"merge k={k}" + " used" * used,
+                tile_topk.merge_kernel,
+                architecture,
+                {"HAS_USED": used, "SPLITS": 4, "SLOTS": slots, "KEPT": kept_width(k)},
+                warps=1 if 4 * slots <= 512 else 4,
+            )
+    for center, block in ((True, 128), (False, 1024)) if everything else ((True, 128),):
+        yield Build(
+            f"row_loss u={block}",
+            tile_grad.row_loss_kernel,
+            architecture,
+            {
+                "L1": False,
+                "CENTER": center,
+                "HAS_GATE": center,
+                "HAS_CAP": center,
+                "BLOCK_U": block,
+            },
+        )
+
+
+def build(one: Build) -> Report:
+    """Compile and look into the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = one.kernel.arg_names
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        if name in one.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _type(name, one)
+        aligned = name == "D" or name.startswith("stride_")
+        if name.endswith("_ptr") or (aligned and not one.odd):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(one.kernel, signature, constexprs=one.constants, attrs=attributes)
+    target = GPUTarget("cuda", int(one.architecture[3:]), 32)
+    options = {
+        "num_warps": one.warps,
+        "num_stages": one.stages,
+        "enable_fp_fusion": one.fusion,
+    }
+    try:
+        made = triton.compile(source, target=target, options=options)
+    except Exception as error:  # whatever a compiler raises is this build's failure
+        return Report(faults=[f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"])
+    registers, spilled, assembly = _inspect(made.asm["cubin"])
+    report = Report(registers, spilled, made.metadata.shared, len(TENSOR_CORES.findall(assembly)))
+    if report.shared > SHARED_LIMIT[one.architecture]:
+        report.faults.append(f"shared memory over {SHARED_LIMIT[one.architecture]}")
+    if report.spilled and one.architecture == "sm_90":
+        report.faults.append("spills")
+    if one.multiplies and WIDTHS[one.dtype] == 2 and not report.tensor_cores:
+        report.faults.append("no tensor cores")
+    return report
+
+
+def _type(name: str, one: Build) -> str:
+    if name in FLOATS:
+        return "fp32"
+    if name in INPUTS:
+        return f"*{one.dtype}"
+    if name == "grad_ptr":
+        return f"*{one.grad}"
+    if name.endswith("_ptr"):
+        return POINTERS.get(name, "*i32")
+    return "i32"
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack, and the assembly, by the tools of the triton wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
+        assembly = _output(tools / "nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2]), assembly
+
+
+def _output(*command: object) -> str:
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, print a table, return how the process should end."""
+    parser = argparse.ArgumentParser(prog="python -m unteach.benchmarks.aot", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every shipped configuration")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, action="append")
+    parser.add_argument("--kernel", help="only builds whose name contains this")
+    chosen = parser.parse_args(arguments)
+    if not have_triton():
+        print("triton is not installed: pip install 'unteach[dev]'", file=sys.stderr)
+        return 2
+    if interpreting():
+        print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 2
+    import triton
+
+    passed = failed = 0
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':<24}{'dtype':<6}{'target':<8}{'regs':>5}{'spill':>7}{'shared':>8}{'mma':>5}")
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        for architecture in chosen.architecture or ARCHITECTURES:
+            for one in builds(architecture, chosen.all):
+                if chosen.kernel and chosen.kernel not in one.name:
+                    continue
+                report = build(one)
+                passed, failed = passed + (not report.faults), failed + bool(report.faults)
+                print(
+                    f"{one.name:<24}{one.dtype:<6}{architecture:<8}{report.registers:>5}"
+                    f"{report.spilled:>7}{report.shared:>8}{report.tensor_cores:>5}"
+                    f"  {'; '.join(report.faults)}".rstrip(),
+                    flush=True,
+                )
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
