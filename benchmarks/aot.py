@@ -25,9 +25,12 @@ from unteach.kernels.triton_launch import (
     EXHAUSTIVE_BLOCK,
     EXHAUSTIVE_KEPT,
     EXHAUSTIVE_WARPS,
+    FILTER_WARPS,
     GATHER_BLOCK,
     GRAD_COLUMNS,
     MAX_K,
+    PRODUCT_IDS,
+    Tile,
     append_tile,
     extract_tile,
     have_triton,
@@ -46,6 +49,7 @@ POINTERS = {
     "part_ptr": "*i64",
     "keys_ptr": "*i64",
     "raw_ptr": "*fp32",
+    "z_ptr": "*fp32",
     "student_ptr": "*fp32",
     "teacher_ptr": "*fp32",
     "weight_ptr": "*fp32",
@@ -89,134 +93,131 @@ class Report:
 
 def builds(architecture: str, everything: bool) -> Iterator[Build]:
     """What ships for an architecture; without `everything` one build a kernel."""
-    from unteach.kernels import pair_dot, tile_grad, tile_topk
-
     ks = (MAX_K, 64, 32, 16, 1) if everything else (32,)
-    dtypes = tuple(WIDTHS) if everything else ("bf16",)
-    for dtype in dtypes:
-        for k in ks:
-            kept = kept_width(k)
-            for given, odd in ((False, False), (True, False), (False, True)):
-                if (given or odd) and not everything:
-                    continue
-                plain = not given and (odd or WIDTHS[dtype] > 2)
-                tile = extract_tile(architecture, kept, plain=plain)
-                yield Build(
-                    f"extract k={k}" + " given" * given + " odd" * odd,
-                    tile_topk.extract_kernel,
-                    architecture,
-                    {
-                        "GIVEN": given,
-                        "HAS_BIAS": odd,
-                        "EVEN_D": not odd,
-                        "UPCAST": False,
-                        "SPLITS": 4,
-                        "KEPT": kept,
-                        "BLOCK_N": tile.block_n,
-                        "BLOCK_V": tile.block_v,
-                        "BLOCK_D": tile.depth(WIDTHS[dtype]),
-                    },
-                    dtype,
-                    warps=tile.warps,
-                    stages=tile.stages,
-                    multiplies=not given,
-                    odd=odd,
-                )
+    for dtype in WIDTHS if everything else ("bf16",):
         for odd in (False, True) if everything else (False,):
-            tile = append_tile(architecture, plain=odd or WIDTHS[dtype] > 2)
-            yield Build(
-                "append" + " odd" * odd,
-                tile_topk.append_kernel,
-                architecture,
-                {
-                    "GIVEN": False,
-                    "HAS_BIAS": odd,
-                    "EVEN_D": not odd,
-                    "UPCAST": False,
-                    "SPLITS": 4,
-                    "SLOTS": 64,
-                    "BLOCK_N": tile.block_n,
-                    "BLOCK_V": tile.block_v,
-                    "BLOCK_D": tile.depth(WIDTHS[dtype]),
-                },
-                dtype,
-                warps=tile.warps,
-                stages=tile.stages,
-                multiplies=True,
-                odd=odd,
-            )
+            for k in ks:
+                yield _extract(architecture, dtype, k, odd=odd)
+            yield _append(architecture, dtype, odd=odd)
+        for k in ks if everything else ():
+            yield _extract(architecture, dtype, k, given=True)
         for kept in sorted({max(EXHAUSTIVE_KEPT, next_power(k)) for k in ks}):
-            yield Build(
-                f"exhaustive {kept} kept",
-                tile_topk.exhaustive_kernel,
-                architecture,
-                {
-                    "HAS_BIAS": False,
-                    "SPLITS": 16,
-                    "KEPT": kept,
-                    "BLOCK_U": EXHAUSTIVE_BLOCK,
-                },
-                dtype,
-                warps=EXHAUSTIVE_WARPS,
-                fusion=False,
-            )
-        yield Build(
-            "pair_dot",
-            pair_dot.pair_dot_kernel,
-            architecture,
-            {"HAS_BIAS": False, "BLOCK_U": pair_dot.BLOCK_U},
-            dtype,
-            warps=pair_dot.WARPS,
-            fusion=False,
-        )
-        yield Build(
-            "hidden_grad",
-            tile_grad.hidden_grad_kernel,
-            architecture,
-            {"BLOCK_U": GATHER_BLOCK, "BLOCK_D": GRAD_COLUMNS},
-            dtype,
-            "fp32",
-        )
-        yield Build(
-            "head_units",
-            tile_grad.head_units_kernel,
-            architecture,
-            {"BLOCK_P": GATHER_BLOCK, "BLOCK_D": GRAD_COLUMNS},
-            dtype,
-            dtype,
-        )
-        yield Build(
-            "head_join",
-            tile_grad.head_join_kernel,
-            architecture,
-            {"BLOCK_D": GRAD_COLUMNS},
-            dtype,
-            dtype,
-        )
+            yield _exhaustive(architecture, dtype, kept)
+        yield from _gathers(architecture, dtype)
     for k in ks:
-        for slots, used in ((kept_width(k), False), (64, True)):
-            if used and not everything:
-                continue
-            yield Build(
-                f"merge k={k}" + " used" * used,
-                tile_topk.merge_kernel,
-                architecture,
-                {"HAS_USED": used, "SPLITS": 4, "SLOTS": slots, "KEPT": kept_width(k)},
-                warps=1 if 4 * slots <= 512 else 4,
-            )
-    for center, block in ((True, 128), (False, 1024)) if everything else ((True, 128),):
-        yield Build(
-            f"row_loss u={block}",
-            tile_grad.row_loss_kernel,
-            architecture,
-            {
-                "L1": False,
-                "CENTER": center,
-                "HAS_GATE": center,
-                "HAS_CAP": center,
-                "BLOCK_U": block,
-            },
-        )
+        yield _merge(architecture, k, used=False)
+        if everything:
+            yield _merge(architecture, k, used=True)
+    yield from _rows(architecture, everything)
+
+
+def _extract(
+    architecture: str, dtype: str, k: int, *, given: bool = False, odd: bool = False
+) -> Build:
+    from unteach.kernels.tile_topk import extract_kernel
+
+    kept = kept_width(k)
+    tile = extract_tile(architecture, kept, plain=not given and (odd or WIDTHS[dtype] > 2))
+    constants = {"GIVEN": given, **_tile_constants(tile, dtype, odd), "KEPT": kept}
+    name = f"extract k={k}" + " given" * given + " odd" * odd
+    return _tiles(name, extract_kernel, architecture, dtype, tile, constants, odd, not given)
+
+
+def _append(architecture: str, dtype: str, *, odd: bool) -> Build:
+    from unteach.kernels.tile_topk import append_kernel
+
+    tile = append_tile(architecture, plain=odd or WIDTHS[dtype] > 2)
+    constants = {"GIVEN": False, **_tile_constants(tile, dtype, odd), "SLOTS": 64}
+    name = "append" + " odd" * odd
+    return _tiles(name, append_kernel, architecture, dtype, tile, constants, odd, True)
+
+
+def _tile_constants(tile: Tile, dtype: str, odd: bool) -> dict[str, int | bool]:
+    return {
+        "HAS_BIAS": odd,
+        "EVEN_D": not odd,
+        "UPCAST": False,
+        "SPLITS": 4,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.depth(WIDTHS[dtype]),
+    }
+
+
+def _tiles(
+    name: str,
+    kernel: Any,
+    architecture: str,
+    dtype: str,
+    tile: Tile,
+    constants: dict[str, int | bool],
+    odd: bool,
+    multiplies: bool,
+) -> Build:
+    return Build(
+        name,
+        kernel,
+        architecture,
+        constants,
+        dtype,
+        warps=tile.warps,
+        stages=tile.stages,
+        multiplies=multiplies,
+        odd=odd,
+    )
+
+
+def _exhaustive(architecture: str, dtype: str, kept: int) -> Build:
+    from unteach.kernels.tile_topk import exhaustive_kernel
+
+    constants = {"HAS_BIAS": False, "SPLITS": 16, "KEPT": kept, "BLOCK_U": EXHAUSTIVE_BLOCK}
+    name = f"exhaustive {kept} kept"
+    warps = EXHAUSTIVE_WARPS
+    return Build(name, exhaustive_kernel, architecture, constants, dtype, warps=warps, fusion=False)
+
+
+def _gathers(architecture: str, dtype: str) -> Iterator[Build]:
+    """Kernels that read rows of the head or of hidden states at chosen places."""
+    from unteach.kernels import pair_dot, tile_grad
+
+    yield Build(
+        "pair_dot",
+        pair_dot.pair_dot_kernel,
+        architecture,
+        {"HAS_BIAS": False, "BLOCK_U": pair_dot.BLOCK_U},
+        dtype,
+        warps=pair_dot.WARPS,
+        fusion=False,
+    )
+    wide = {"BLOCK_D": GRAD_COLUMNS}
+    for name, kernel, constants, grad in (
+        ("hidden_grad", tile_grad.hidden_grad_kernel, {"BLOCK_U": GATHER_BLOCK, **wide}, "fp32"),
+        ("head_units", tile_grad.head_units_kernel, {"BLOCK_P": GATHER_BLOCK, **wide}, dtype),
+        ("head_join", tile_grad.head_join_kernel, wide, dtype),
+    ):
+        yield Build(name, kernel, architecture, {**constants}, dtype, grad)
+
+
+def _merge(architecture: str, k: int, *, used: bool) -> Build:
+    from unteach.kernels.tile_topk import merge_kernel
+
+    slots, kept = 64 if used else kept_width(k), kept_width(k)
+    constants = {"HAS_USED": used, "SPLITS": 4, "SLOTS": slots, "KEPT": kept}
+    name = f"merge k={k}" + " used" * used
+    return Build(name, merge_kernel, architecture, constants, warps=1 if 4 * slots <= 512 else 4)
+
+
+def _rows(architecture: str, everything: bool) -> Iterator[Build]:
+    """Kernels that take a row of float32 numbers each."""
+    from unteach.kernels.tile_grad import row_loss_kernel
+    from unteach.kernels.tile_topk import filter_kernel
+
+    filtered = {"HAS_BIAS": False, "SLOTS": 256, "BLOCK_V": PRODUCT_IDS}
+    yield Build("filter", filter_kernel, architecture, {**filtered}, warps=FILTER_WARPS)
+    for rich, block in ((True, 128), (False, 1024)) if everything else ((True, 128),):
+        options = {"L1": False, "CENTER": rich, "HAS_GATE": rich, "HAS_CAP": rich}
+        constants = {**options, "BLOCK_U": block}
+        yield Build(f"row_loss u={block}", row_loss_kernel, architecture, constants)
 
 
 def build(one: Build) -> Report:

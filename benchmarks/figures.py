@@ -26,11 +26,12 @@ Case = dict[str, Row]
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- figures:kernels -->", "<!-- /figures:kernels -->"
 SAME_CASE = ("device", "threads", "preset", "dtype", "inputs", "tokens", "k", "overlap", "drift")
-OURS = ("unteach", "unteach-noseeds")
+OURS = ("unteach", "unteach-noseeds", "unteach-other")
 # Okabe-Ito; what computes another loss is grey and hatched, or dashed.
 COLOURS = {
     "unteach": "#0072B2",
     "unteach-noseeds": "#56B4E9",
+    "unteach-other": "#CC79A7",
     "eager": "#D55E00",
     "compile": "#E69F00",
     "chunked": "#009E73",

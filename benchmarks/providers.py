@@ -2,7 +2,8 @@
 
 Losses other than Eq. 3 are named, and never compared in value.
 
-    unteach            forward and backward with seeds; `unteach-noseeds` without
+    unteach            forward and backward with seeds; `unteach-noseeds` without, `unteach-other`
+                       by the dense pass that the table of triton_launch.py does not choose
     eager              both products in the input dtype, torch.topk on both, float32 Smooth-L1,
                        autograd
     compile            torch.compile of eager
@@ -34,6 +35,7 @@ from unteach.benchmarks.roofline import (
 )
 from unteach.kernels.bitopk import bitopk_loss
 from unteach.kernels.checks import choose_backend
+from unteach.kernels.triton_launch import DENSE_PASS, architecture
 
 CROSS_ENTROPY = "cross-entropy of the teacher's first choice"
 # Few enough for the workspace to stay small, enough for the products to be bound by arithmetic.
@@ -198,15 +200,43 @@ def _chunked_path(sizes: Sizes) -> list[Stage]:
     return dense_path(sizes, products=1, passes=1, gathered=sizes.k)
 
 
-def our_dense_pass(backend: str, device: torch.device, *, seeds: bool) -> str:
-    """How our kernels come by the student's logits here.
+def _other_pass(case: Case, *, backend: str) -> Step:
+    device = case.hidden_ND.device
+    if choose_backend(backend, case.hidden_ND) == "torch":
+        raise Unavailable("backend torch has one dense pass")
+    chip, step = architecture(device), _unteach(case, seeds=True, backend=backend)
+
+    def run() -> tuple[Tensor, ...]:
+        chosen = DENSE_PASS[chip]
+        DENSE_PASS[chip] = _other(chosen)
+        try:
+            return step()
+        finally:
+            DENSE_PASS[chip] = chosen
+
+    return run
+
+
+def _other(dense_pass: str) -> str:
+    return "fused" if dense_pass == "product" else "product"
+
+
+def our_dense_pass(backend: str, device: torch.device, *, seeds: bool, other: bool = False) -> str:
+    """How our kernels come by the student's logits of 16 bits here.
 
     Raises:
         ValueError: a backend that cannot serve this device.
     """
     if choose_backend(backend, torch.empty(0, device=device)) == "torch":
         return "tiles in cache"
-    return "fused, appends above a threshold" if seeds else "fused, running list"
+    if not seeds:
+        return "fused, running list"
+    chosen = DENSE_PASS[architecture(device)]
+    name = _other(chosen) if other else chosen
+    return {
+        "fused": "fused, appends above a threshold",
+        "product": "products into a workspace, one filter",
+    }[name]
 
 
 def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider]:
@@ -227,6 +257,11 @@ def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider
     return {
         "unteach": ours(seeds=True),
         "unteach-noseeds": ours(seeds=False),
+        "unteach-other": same(
+            our_dense_pass(backend, device, seeds=True, other=True),
+            partial(_other_pass, backend=backend),
+            partial(sparse_path, seeds=True),
+        ),
         # backward of two gathers: two dense tensors zeroed, then added up
         "eager": same(
             full, partial(_eager, compiled=False), partial(dense_path, products=2, passes=5)

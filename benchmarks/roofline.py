@@ -66,19 +66,19 @@ def floor_ms(stages: list[Stage], peaks: Peaks) -> float | None:
     return 1e3 * sum(times)
 
 
-def sparse_path(s: Sizes, *, seeds: bool, workspace: bool = False) -> list[Stage]:
+def sparse_path(s: Sizes, *, seeds: bool) -> list[Stage]:
     """One dense product to find the student's set; everything else is gathered.
 
     With b bytes a number and U ids in a row's union:
         seeds           2NSD FLOPs, NS + N rows of Db bytes: the logits that set the threshold
-        dense           2NVD FLOPs, V + N rows; a workspace is written and read, 2NVb bytes more
+        dense           2NVD FLOPs, V + N rows; a workspace of tiles is meant to stay in the cache
         teacher         its logit at the student's ids that its list does not hold, and h_t
         hidden gradient U head rows a token, which serve the student's exact logits as well
         head gradient   U hidden rows a token, the dense gradient once, (row, id, slope) twice
     """
     row = s.width * s.item
     stages = [Stage(2 * s.rows * s.seeds * s.width, (s.rows * s.seeds + s.rows) * row)]
-    dense = (s.vocab + s.rows) * row + (2 * s.rows * s.vocab * s.item if workspace else 0)
+    dense = (s.vocab + s.rows) * row
     pairs = s.rows * s.union
     return [
         *(stages if seeds else []),

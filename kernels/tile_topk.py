@@ -5,6 +5,7 @@
               smallest kept key, take it in and mask it. Needs nothing to start from.
 `append`      stores every id whose tile value reaches the row's threshold; ends a row whose slots
               are full. No list, hence larger tiles.
+`filter`      the same for a tile that a library has multiplied: reads each logit once.
 `exhaustive`  the same list as extract, of exact values: one fixed-order dot for every id. For rows
               in which rounding blurs more ids than a list can hold.
 `merge`       sorts what the parts of the vocabulary have found for a row.
@@ -177,6 +178,40 @@ def append_kernel(
             order = tl.where(taken, NONE, order)
             best, arg = tl.max(order, 1, return_indices=True)
     tl.store(used_ptr + rows * SPLITS + split, used, mask=mask_n)
+
+
+@triton.jit
+def filter_kernel(
+    z_ptr,  # [rows, columns] float32 contiguous: hidden states times ids first_id, first_id + 1, …
+    bias_ptr,
+    threshold_ptr,  # [N] int32, ordered values; above all of them where a row wants nothing
+    part_ptr,  # [N, SLOTS] int64
+    used_ptr,  # [N] int32, read and written: more than SLOTS where a row ran over
+    first_row,
+    first_id,
+    columns,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = first_row + place
+    offs = tl.arange(0, BLOCK_V)
+    mask = offs < columns
+    x = tl.load(z_ptr + place * columns + offs, mask=mask, other=0.0) * scale
+    if HAS_BIAS:
+        x = x + tl.load(bias_ptr + first_id + offs, mask=mask, other=0.0)
+    order = ordered(x)
+    order = tl.where(mask & (order >= tl.load(threshold_ptr + row)), order, NONE)
+    used = tl.load(used_ptr + row)
+    best, arg = tl.max(order, 0, return_indices=True)
+    while (best > NONE) & (used <= SLOTS):
+        tl.store(part_ptr + row * SLOTS + used, pack(best, first_id + arg), mask=used < SLOTS)
+        used += 1
+        order = tl.where(offs == arg, NONE, order)
+        best, arg = tl.max(order, 0, return_indices=True)
+    tl.store(used_ptr + row, used)
 
 
 @triton.jit

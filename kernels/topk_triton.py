@@ -1,7 +1,8 @@
 """Exact top-K on a GPU without a host sync: a fast search, and ever slower ones for its failures.
 
 1. With seeds: the K-th largest exact value τ among any K distinct ids bounds the true K-th from
-   below, so {tile >= τ - slack} holds the top K. One pass appends these ids; no running top-K.
+   below, so {tile >= τ - slack} holds the top K. One pass appends these ids; no running top-K. It
+   makes its tiles itself, or filters those of a library's products (`DENSE_PASS`).
 2. Rows without enough seeds, or with more hits than slots: a running list of the best values.
 3. Both give each row its M >= 2K largest tile values. Ids within 2·slack of the K-th get their
    exact dot, and that alone decides. If even the M-th is that close, rounding may hide a member of
@@ -23,6 +24,7 @@ from unteach.kernels.tile_topk import (
     append_kernel,
     exhaustive_kernel,
     extract_kernel,
+    filter_kernel,
     merge_kernel,
 )
 from unteach.kernels.topk_filter import TopK
@@ -31,10 +33,14 @@ from unteach.kernels.triton_launch import (
     EXHAUSTIVE_BLOCK,
     EXHAUSTIVE_KEPT,
     EXHAUSTIVE_WARPS,
+    FILTER_WARPS,
+    PRODUCT_IDS,
+    PRODUCT_ROWS,
     WIDTH_STEP,
     Tile,
     append_tile,
     architecture,
+    dense_pass,
     extract_tile,
     interpreting,
     kept_width,
@@ -174,7 +180,10 @@ def _append(
 ) -> Tensor:
     """Fill in the keys of rows that have a threshold; return which rows were done."""
     n, kept = keys_NM.shape
-    tile = append_tile(architecture(source.device), plain=_plain(source))
+    chip, plain = architecture(source.device), _plain(source)
+    if isinstance(source, TritonLinear) and dense_pass(chip, plain=plain) == "product":
+        return _append_products(source, seeded_N, threshold_N, vocab, keys_NM)
+    tile = append_tile(chip, plain=plain)
     splits = splits or split_count(-(-n // tile.block_n), -(-vocab // tile.block_v))
     slots = max(32, max(_SLOTS, 4 * kept) // splits)
     part = torch.empty(n, splits, slots, dtype=torch.int64, device=source.device)
@@ -195,6 +204,50 @@ def _append(
         )
     _merge(part, used_NS, rows, keys_NM)
     return seeded_N & (used_NS <= slots).all(1)
+
+
+def _append_products(
+    source: TritonLinear, seeded_N: Tensor, threshold_N: Tensor, vocab: int, keys_NM: Tensor
+) -> Tensor:
+    """`_append` by a library's products: rows × ids of the workspace at a time."""
+    n, kept = keys_NM.shape
+    slots, device = max(_SLOTS, 4 * kept), source.device
+    part = torch.empty(n, 1, slots, dtype=torch.int64, device=device)
+    used_N1 = torch.zeros(n, 1, dtype=torch.int32, device=device)
+    threshold_N = threshold_N.masked_fill(~seeded_N, _LOW_BITS)
+    workspace = torch.empty(min(n, PRODUCT_ROWS) * min(vocab, PRODUCT_IDS), device=device)
+    for row in range(0, n, PRODUCT_ROWS):
+        x = source.hidden_ND[row : row + PRODUCT_ROWS]
+        for first in range(0, vocab, PRODUCT_IDS):
+            w = source.head_VD[first : min(first + PRODUCT_IDS, vocab)]
+            z = workspace[: len(x) * len(w)].view(len(x), len(w))
+            _product(x, w, z)
+            with on_device(z):
+                filter_kernel[(len(x),)](
+                    z,
+                    z if source.bias_V is None else source.bias_V,
+                    threshold_N,
+                    part,
+                    used_N1,
+                    row,
+                    first,
+                    len(w),
+                    source.scale,
+                    HAS_BIAS=source.bias_V is not None,
+                    SLOTS=slots,
+                    BLOCK_V=next_power(min(vocab, PRODUCT_IDS)),
+                    num_warps=FILTER_WARPS,
+                )
+    _merge(part, used_N1, RowList.of(seeded_N), keys_NM)
+    return seeded_N & (used_N1 <= slots).squeeze(1)
+
+
+def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """x · wᵀ, added up in float32 and not rounded to the inputs' dtype."""
+    if x.is_cuda:
+        torch.mm(x, w.t(), out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x.float(), w.float().t(), out=out)
 
 
 def _extract(

@@ -72,6 +72,16 @@ WIDTH_STEP = 64
 # multiple of a step. Larger tiles spill there. Not measured on a GPU yet.
 PLAIN_EXTRACT_TILES = {64: Tile(64, 64, 64, 8, 3), 256: Tile(32, 64, 64, 8, 3)}
 PLAIN_APPEND_TILE = Tile(64, 128, 64, 8, 3)
+# Where the seeded pass takes its logits from: `product`, a library's matrix products into a small
+# workspace that a filter reads once, or `fused`, one kernel without a workspace. 32-bit and odd
+# shapes always take `fused`. Not measured on a GPU yet; a product is the safer guess, because a
+# Triton product without TMA is known to reach half to two thirds of the library's.
+DENSE_PASS = {"interpreter": "fused", "sm_80": "product", "sm_90": "product", "sm_100": "product"}
+# Rows and ids of one product: 2048 · 4096 float32 logits are 32 MiB, so that most of them are still
+# in an L2 of 40 to 126 MB when the filter reads them.
+PRODUCT_ROWS = 2048
+PRODUCT_IDS = 4096
+FILTER_WARPS = 8
 # The exhaustive search: ids of a step, warps, smallest list; smaller ones spill on sm_90.
 EXHAUSTIVE_BLOCK = 32
 EXHAUSTIVE_KEPT = 32
@@ -120,6 +130,11 @@ def append_tile(architecture: str, *, plain: bool = False) -> Tile:
     return (
         PLAIN_APPEND_TILE if plain and architecture != "interpreter" else APPEND_TILES[architecture]
     )
+
+
+def dense_pass(architecture: str, *, plain: bool = False) -> str:
+    """`product` or `fused`: how the seeded pass comes by the student's logits."""
+    return "fused" if plain and architecture != "interpreter" else DENSE_PASS[architecture]
 
 
 def kept_width(k: int) -> int:

@@ -66,14 +66,6 @@ def test_floor_of_the_sparse_path_by_hand() -> None:
     assert flops == 8 * 8192 * 128256 * 3072
 
 
-def test_workspace_costs_its_bytes() -> None:
-    sizes = Sizes(
-        rows=4, vocab=100, width=1, item=4, k=2, seeds=0, union=4, unlisted=0, overlap=0.0
-    )
-    inside, outside = (sparse_path(sizes, seeds=False, workspace=w)[0].bytes for w in (False, True))
-    assert outside - inside == 2 * 4 * 100 * 4
-
-
 def test_peaks_of_a_cpu_are_measured() -> None:
     peaks = peaks_of(CPU, torch.float32)
     assert peaks.flops_per_s is not None and peaks.bytes_per_s is not None

@@ -9,10 +9,21 @@ from torch import Tensor
 
 from tests.kernels.oracle import Linear, top_ids
 from tests.kernels.test_linear_topk import assert_same, blurred, brute_topk, seed_sets
-from unteach.kernels import topk_triton
+from unteach.kernels import topk_triton, triton_launch
 from unteach.kernels.linear_topk import linear_topk
 from unteach.kernels.topk_triton import Found, order_bits, pack, search, unpack
 from unteach.kernels.triton_source import TritonGiven, TritonLinear
+
+
+@pytest.fixture(params=["fused", "product"])
+def either_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to come by the logits of the seeded pass; products of few rows and ids."""
+    monkeypatch.setitem(triton_launch.DENSE_PASS, "interpreter", request.param)
+    monkeypatch.setattr(topk_triton, "PRODUCT_ROWS", 3)
+    monkeypatch.setattr(topk_triton, "PRODUCT_IDS", 128)
+
+
+both_passes = pytest.mark.usefixtures("either_pass")
 
 
 def triton_topk(hidden: Tensor, head: Tensor, k: int, **options: object) -> tuple[Tensor, Tensor]:
@@ -77,6 +88,7 @@ def test_dots_have_the_order_that_is_promised() -> None:
         assert torch.equal(got, lane_scores(hidden, head))
 
 
+@both_passes
 @pytest.mark.parametrize("kind", list(seed_sets(torch.zeros(1, 2, dtype=torch.int64), 1)))
 def test_seeds_change_no_bit(kind: str) -> None:
     hidden, head = torch.randn(5, 48), torch.randn(290, 48)
@@ -84,6 +96,18 @@ def test_seeds_change_no_bit(kind: str) -> None:
     assert_same(triton_topk(hidden, head, 8, seeds_NS=seed_sets(wanted[1], 290)[kind]), wanted)
 
 
+@both_passes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_seeds_change_no_bit_under_bias_and_scale(dtype: torch.dtype) -> None:
+    hidden, head, bias = torch.randn(7, 24), torch.randn(270, 24), torch.randn(270)
+    options = {"bias_V": bias, "scale": 0.6, "softcap": 4.0, "vocab": 266}
+    wanted = triton_topk(hidden.to(dtype), head.to(dtype), 6, **options)
+    seeds = wanted[1].flip(1).contiguous()
+    seeds[2] = -1  # a row that has to do without
+    assert_same(triton_topk(hidden.to(dtype), head.to(dtype), 6, seeds_NS=seeds, **options), wanted)
+
+
+@both_passes
 def test_good_seeds_leave_nothing_to_the_fallback() -> None:
     hidden, head = torch.randn(5, 48), torch.randn(290, 48)
     source = TritonLinear.of(hidden, head, None, 1.0)
@@ -93,6 +117,7 @@ def test_good_seeds_leave_nothing_to_the_fallback() -> None:
     assert search(source, 8, 290).fallback == 0
 
 
+@both_passes
 def test_full_slots_lead_to_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head = torch.randn(5, 48), torch.randn(290, 48)
     source, scores = TritonLinear.of(hidden, head, None, 1.0), lane_scores(hidden, head)
@@ -124,13 +149,17 @@ def few_near() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["near", "cancelling", "crowded"])
-@pytest.mark.parametrize("seeded", [False, True])
-def test_rounding_of_tiles_never_decides(kind: str, seeded: bool) -> None:
+@pytest.mark.parametrize("dense_pass", [None, "fused", "product"])
+def test_rounding_of_tiles_never_decides(
+    kind: str, dense_pass: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dense_pass:
+        monkeypatch.setitem(triton_launch.DENSE_PASS, "interpreter", dense_pass)
     hidden, head = few_near() if kind == "near" else (x[:300] for x in blurred(kind))
     scores = lane_scores(hidden, head)
     wanted = brute_topk(scores, 5)
     found = search(
-        TritonLinear.of(hidden, head, None, 1.0), 5, 300, seeds_NS=wanted[1] if seeded else None
+        TritonLinear.of(hidden, head, None, 1.0), 5, 300, seeds_NS=wanted[1] if dense_pass else None
     )
     assert_same(pair(found), wanted)
     assert found.fallback == {"near": 0, "crowded": 6}.get(kind, int(found.fallback))
@@ -174,6 +203,7 @@ def test_equal_logits(kind: str) -> None:
     assert found.fallback == (0 if kind == "zero hidden" else 4)
 
 
+@both_passes
 def test_padding_rows_are_never_selected() -> None:
     hidden, head = torch.randn(5, 16), torch.randn(200, 16)
     head[180:] = 50 * hidden.mean(0)
@@ -190,6 +220,7 @@ def test_runners_up_are_the_next_best() -> None:
     assert torch.equal(found.top.spare_NR, ids[:, 10:])
 
 
+@both_passes
 def test_rows_that_are_not_finite_give_nan_at_the_first_ids() -> None:
     hidden, head = torch.randn(5, 8), torch.randn(200, 8)
     clean = triton_topk(hidden, head, 4)
@@ -201,6 +232,7 @@ def test_rows_that_are_not_finite_give_nan_at_the_first_ids() -> None:
     assert_same((logits[rest], ids[rest]), (clean[0][rest], clean[1][rest]))
 
 
+@both_passes
 @pytest.mark.parametrize("bad", [1, 50, 200])
 def test_nan_in_the_head_comes_first_and_ends(bad: int) -> None:
     hidden, head = torch.randn(4, 8), torch.randn(200, 8)
