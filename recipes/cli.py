@@ -144,6 +144,29 @@ def report(
         report_stage(work)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    kernel: Annotated[
+        str | None, typer.Argument(help="bitopk or linear_topk; both without it")
+    ] = None,
+) -> None:
+    """Measure the kernels beside every peer that is installed.
+
+    Options behind the name are the benchmark's own: `python -m unteach.benchmarks.bench_bitopk
+    --help` lists them.
+
+    Example: unteach bench bitopk --preset llama-3.2-3b --device cuda --tokens 8192
+    """
+    from unteach.benchmarks import bench_bitopk, bench_linear_topk
+
+    benchmarks = {"bitopk": bench_bitopk.main, "linear_topk": bench_linear_topk.main}
+    if kernel is not None and kernel not in benchmarks:
+        raise InputError(f"There is no benchmark {kernel}: choose {' or '.join(benchmarks)}.")
+    for name in [kernel] if kernel else benchmarks:
+        benchmarks[name](context.args)
+
+
 @contextmanager
 def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
     """Resolve the config, join the other processes, open the run folder."""

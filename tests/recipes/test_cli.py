@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_recipes_are_listed_one_a_line() -> None:
     assert [line.split()[0] for line in lines] == list(RECIPES)
 
 
-@pytest.mark.parametrize("command", ["run", "teach", "train", "evaluate", "report", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["run", "teach", "train", "evaluate", "report", "recipes", "bench"]
+)
 def test_help_shows_an_example(command: str) -> None:
     done = unteach(command, "--help")
     assert done.returncode == 0
@@ -40,12 +43,14 @@ def test_help_shows_an_example(command: str) -> None:
         (("run", "--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
         (("run", "tiny", "--set", "optim.lrr=1"), "did you mean optim.lr?"),
         (("report", "tiny"), "`unteach evaluate`"),
+        (("bench", "bitopq"), "choose bitopk or linear_topk"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
     tmp_path: Path, arguments: tuple[str, ...], part: str
 ) -> None:
-    here = ("--set", f"run.folder={tmp_path}") if "--set" not in arguments else ()
+    plain = "--set" in arguments or "bench" in arguments
+    here = () if plain else ("--set", f"run.folder={tmp_path}")
     done = unteach(*arguments, *here)
     assert done.returncode == 2
     assert part in done.stderr
@@ -56,3 +61,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = unteach("run", "quikstart", "--debug", "--set", f"run.folder={tmp_path}")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def test_bench_hands_its_options_on(tmp_path: Path) -> None:
+    case = ("--preset", "tiny", "--tokens", "8", "--k", "3", "--rounds", "1")
+    done = unteach("bench", "bitopk", *case, "--providers", "eager", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (row,) = (tmp_path / "bench_bitopk.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(row)["provider"] == "eager"
