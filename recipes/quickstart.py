@@ -25,10 +25,10 @@ def quickstart() -> Config:
             path=data_file("quickstart.jsonl"),
             mmlu=data_file("mmlu.jsonl"),
             known_only=True,
-            mix={"forget": 3, "attack": 2, "neighbor": 5, "general": 2},
+            mix={"forget": 3, "attack": 2, "neighbor": 4, "general": 3},
         ),
         target=TargetConfig(
-            epochs=3, prefix_epochs=2, intention_epochs=1, lr=4e-4, trainable=upper_blocks
+            epochs=4.5, prefix_epochs=2, intention_epochs=1, lr=4e-4, trainable=upper_blocks
         ),
         teacher=TeacherConfig(
             intentions=data_file("quickstart_intentions.yaml"), max_new_tokens=12
