@@ -47,7 +47,7 @@ def _needs_gpu(case: Case, package: str) -> None:
         raise Unavailable(f"{package} needs a GPU")
 
 
-def _differentiated(case: Case, loss: Callable[[], Tensor]) -> Step:
+def differentiated(case: Case, loss: Callable[[], Tensor]) -> Step:
     """Forward and backward through autograd."""
 
     def step() -> tuple[Tensor, ...]:
@@ -69,10 +69,10 @@ def _unteach(case: Case, *, seeds: bool, backend: str = "auto") -> Step:
             backend=backend,
         ).loss
 
-    return _differentiated(case, loss)
+    return differentiated(case, loss)
 
 
-def _capped(raw: Tensor, softcap: float | None) -> Tensor:
+def capped(raw: Tensor, softcap: float | None) -> Tensor:
     return raw if softcap is None else softcap * torch.tanh(raw / softcap)
 
 
@@ -91,8 +91,8 @@ def eager_loss(
     total = torch.zeros((), device=hidden_ND.device)
     for logits in (theirs, ours.detach()):
         ids = logits.topk(k, dim=1).indices
-        z_s = _capped(ours.gather(1, ids).float(), softcap)
-        z_t = _capped(theirs.gather(1, ids).float(), softcap)
+        z_s = capped(ours.gather(1, ids).float(), softcap)
+        z_t = capped(theirs.gather(1, ids).float(), softcap)
         total = total + smooth_l1_loss(z_s, z_t, reduction="sum")
     return total / hidden_ND.shape[0]
 
@@ -103,7 +103,7 @@ def _eager(case: Case, *, compiled: bool) -> Step:
         torch.compiler.reset()  # after several shapes it would give up and run eager
         loss = torch.compile(eager_loss, dynamic=False)
     taught = case.teacher.hidden_NE, case.teacher.head_VE
-    return _differentiated(
+    return differentiated(
         case, lambda: loss(case.hidden_ND, case.head_VD, *taught, case.k, case.softcap)
     )
 
@@ -141,9 +141,9 @@ def _both_sides(case: Case, rows: slice, z: Tensor) -> tuple[Tensor, Tensor, Ten
     listed = teacher.ids_NM[rows, :k]
     found = z.topk(k, dim=1).indices
     gathered = teacher.head_VE[found] @ teacher.hidden_NE[rows, :, None]
-    answers = _capped(gathered.squeeze(2).float(), case.softcap)
+    answers = capped(gathered.squeeze(2).float(), case.softcap)
     ids = torch.cat((listed, found), 1)
-    ours = _capped(z.gather(1, ids).float(), case.softcap)
+    ours = capped(z.gather(1, ids).float(), case.softcap)
     return ids, ours, torch.cat((teacher.logits_NM[rows, :k].float(), answers), 1)
 
 
@@ -164,7 +164,7 @@ def _liger(case: Case) -> Step:
         raise Unavailable("liger-kernel is not installed") from error
     jsd: Any = LigerFusedLinearJSD(jsd_beta=0.5)
     taught = case.teacher.hidden_NE, case.teacher.head_VE
-    return _differentiated(case, lambda: jsd(case.hidden_ND, case.head_VD, *taught, None))
+    return differentiated(case, lambda: jsd(case.hidden_ND, case.head_VD, *taught, None))
 
 
 def _cce(case: Case) -> Step:
@@ -174,7 +174,7 @@ def _cce(case: Case) -> Step:
     except ImportError as error:
         raise Unavailable("cut-cross-entropy is not installed") from error
     given = case.hidden_ND, case.head_VD, case.labels_N
-    return _differentiated(case, lambda: linear_cross_entropy(*given, softcap=case.softcap))
+    return differentiated(case, lambda: linear_cross_entropy(*given, softcap=case.softcap))
 
 
 def _quack(case: Case) -> Step:
@@ -184,7 +184,7 @@ def _quack(case: Case) -> Step:
     except ImportError as error:
         raise Unavailable("quack-kernels is not installed") from error
     given = case.hidden_ND, case.head_VD, case.labels_N
-    return _differentiated(case, lambda: chunked_linear_cross_entropy(*given))
+    return differentiated(case, lambda: chunked_linear_cross_entropy(*given))
 
 
 def _torch_linear_ce(case: Case) -> Step:
@@ -193,7 +193,7 @@ def _torch_linear_ce(case: Case) -> Step:
     if loss is None or options is None:
         raise Unavailable(f"torch {torch.__version__} has no chunked linear_cross_entropy")
     given = case.hidden_ND, case.head_VD, case.labels_N
-    return _differentiated(case, lambda: loss(*given, options=options()))
+    return differentiated(case, lambda: loss(*given, options=options()))
 
 
 def _chunked_path(sizes: Sizes) -> list[Stage]:
@@ -251,9 +251,6 @@ def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider
     def same(dense_pass: str, make: Make, path: Path) -> Provider:
         return Provider("eq. 3", dense_pass, make, path, errors_of)
 
-    def other(dense_pass: str, make: Make, products: int, loss: str = CROSS_ENTROPY) -> Provider:
-        return Provider(loss, dense_pass, make, partial(cross_entropy_path, products=products))
-
     return {
         "unteach": ours(seeds=True),
         "unteach-noseeds": ours(seeds=False),
@@ -270,8 +267,19 @@ def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider
             full, partial(_eager, compiled=True), partial(dense_path, products=2, passes=1)
         ),
         "chunked": same(in_chunks, _chunked, _chunked_path),
-        "liger": other("chunks", _liger, 4, "JSD over the vocabulary"),
-        "cce": other("fused", _cce, 4),
-        "quack": other("chunks", _quack, 3),
-        "torch-linear-ce": other("chunks", _torch_linear_ce, 3),
+        "liger": Provider("JSD over the vocabulary", "chunks", _liger, _peer_path(4)),
+        **peers(),
     }
+
+
+def peers() -> dict[str, Provider]:
+    """Cross-entropy of label ids, as others make it fast."""
+    return {
+        "cce": Provider(CROSS_ENTROPY, "fused", _cce, _peer_path(4)),
+        "quack": Provider(CROSS_ENTROPY, "chunks", _quack, _peer_path(3)),
+        "torch-linear-ce": Provider(CROSS_ENTROPY, "chunks", _torch_linear_ce, _peer_path(3)),
+    }
+
+
+def _peer_path(products: int) -> Path:
+    return partial(cross_entropy_path, products=products)

@@ -148,7 +148,7 @@ def report(
 def bench(
     context: typer.Context,
     kernel: Annotated[
-        str | None, typer.Argument(help="bitopk or linear_topk; both without it")
+        str | None, typer.Argument(help="bitopk, linear_topk or linear_logprob; all without it")
     ] = None,
 ) -> None:
     """Measure the kernels beside every peer that is installed.
@@ -158,11 +158,15 @@ def bench(
 
     Example: unteach bench bitopk --preset llama-3.2-3b --device cuda --tokens 8192
     """
-    from unteach.benchmarks import bench_bitopk, bench_linear_topk
+    from unteach.benchmarks import bench_bitopk, bench_linear_logprob, bench_linear_topk
 
-    benchmarks = {"bitopk": bench_bitopk.main, "linear_topk": bench_linear_topk.main}
+    benchmarks = {
+        "bitopk": bench_bitopk.main,
+        "linear_topk": bench_linear_topk.main,
+        "linear_logprob": bench_linear_logprob.main,
+    }
     if kernel is not None and kernel not in benchmarks:
-        raise InputError(f"There is no benchmark {kernel}: choose {' or '.join(benchmarks)}.")
+        raise InputError(f"There is no benchmark {kernel}: choose {', '.join(benchmarks)}.")
     for name in [kernel] if kernel else benchmarks:
         benchmarks[name](context.args)
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unteach.benchmarks import bench_bitopk, bench_linear_topk, figures, real_hidden
+from unteach.benchmarks import (
+    bench_bitopk,
+    bench_linear_logprob,
+    bench_linear_topk,
+    figures,
+    real_hidden,
+)
 from unteach.benchmarks.comparison import MEASURED, Provider, Unavailable, measure, prepare
 from unteach.benchmarks.exact import errors_of
 from unteach.benchmarks.harness import extra_mib, interleaved_ms, spread
@@ -262,6 +268,29 @@ def test_topk_rows_have_the_schema(tmp_path: Path) -> None:
     ]
     assert all(row["loss_error"] < 1e-5 for row in rows if row["same_loss"])
     assert not rows[-1]["same_loss"]
+
+
+def test_logprob_rows_have_the_schema(tmp_path: Path) -> None:
+    given = ["--preset", "tiny", "--tokens", "16", "--k", "4", "--rounds", "1"]
+    bench_linear_logprob.main([*given, "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / "bench_linear_logprob.jsonl")
+    names = ["unteach", "eager", "cce", "quack", "torch-linear-ce"]
+    assert [row["provider"] for row in rows] == names
+    assert all(row["same_loss"] and row.keys() >= FIELDS for row in rows)
+    assert rows[-1]["skipped"] == "torch-linear-ce has no soft cap"
+
+
+@pytest.mark.parametrize("name", ["unteach", "eager", "torch-linear-ce"])
+def test_logprob_providers_agree_with_float64(name: str) -> None:
+    options: dict[str, Any] = {"tokens": 20, "k": 5, "dtype": torch.float32, "device": CPU}
+    case = make_case(Preset(1003, 24), **options)
+    provider = bench_linear_logprob.providers(CPU)[name]
+    assert provider.check is not None
+    found = provider.make(case)()
+    errors = provider.check(found, case)
+    assert max(errors.loss, errors.grad) < 2e-5
+    wrong = provider.check((found[0], found[1], found[2] * 1.01), case)
+    assert wrong.grad == pytest.approx(0.01, rel=0.1)
 
 
 def test_figures_are_drawn_and_the_readme_block_rewritten(results: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_help_shows_an_example(command: str) -> None:
         (("run", "--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
         (("run", "tiny", "--set", "optim.lrr=1"), "did you mean optim.lr?"),
         (("report", "tiny"), "`unteach evaluate`"),
-        (("bench", "bitopq"), "choose bitopk or linear_topk"),
+        (("bench", "bitopq"), "choose bitopk, linear_topk, linear_logprob"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(

@@ -1,0 +1,103 @@
+"""Label log-probabilities of hidden · headᵀ, forward and backward, beside full logits and peers.
+
+Serves SFT, GA, NPO, SimNPO, FLAT and MOLLM. All providers here compute the same cross-entropy.
+
+    python -m unteach.benchmarks.bench_linear_logprob --preset smollm2-135m --tokens 512
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from unteach.benchmarks.comparison import Errors, Make, Provider, Unavailable
+from unteach.benchmarks.exact import SLICE_IDS
+from unteach.benchmarks.harness import Step
+from unteach.benchmarks.presets import Case
+from unteach.benchmarks.providers import capped, differentiated, peers
+from unteach.benchmarks.roofline import Sizes, Stage, cross_entropy_path, product
+from unteach.benchmarks.sweep import run
+from unteach.kernels.linear_logprob import linear_logprob
+
+
+def _unteach(case: Case, *, backend: str) -> Step:
+    def loss() -> Tensor:
+        given = case.hidden_ND, case.head_VD, case.labels_N
+        return -linear_logprob(*given, softcap=case.softcap, backend=backend).mean()
+
+    return differentiated(case, loss)
+
+
+def _eager(case: Case) -> Step:
+    def loss() -> Tensor:
+        logits = capped(case.hidden_ND @ case.head_VD.t(), case.softcap)
+        return cross_entropy(logits.float(), case.labels_N)
+
+    return differentiated(case, loss)
+
+
+def _without_cap(name: str, make: Make, case: Case) -> Step:
+    if case.softcap is not None:
+        raise Unavailable(f"{name} has no soft cap")
+    return make(case)
+
+
+def _eager_path(sizes: Sizes) -> list[Stage]:
+    logits = sizes.rows * sizes.vocab
+    # float32 logits written and read twice, their slopes written, rounded and read by both products
+    passes = Stage(0, logits * (4 * 4 + 2 * sizes.item))
+    return [*product(sizes), passes, *product(sizes, 2)]
+
+
+def errors_of(found: tuple[Tensor, ...], case: Case) -> Errors:
+    """How far the loss and both gradients are from float64 on the same rounded inputs."""
+    hidden, head = case.hidden_ND.detach().double(), case.head_VD.detach()
+    slices = [slice(i, i + SLICE_IDS) for i in range(0, len(head), SLICE_IDS)]
+    raw = torch.cat([hidden @ head[ids].double().t() for ids in slices], 1)
+    z = capped(raw, case.softcap)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    true_loss = (z.logsumexp(1) - z[rows, case.labels_N]).mean()
+    slopes = z.softmax(1)
+    slopes[rows, case.labels_N] -= 1
+    if case.softcap is not None:
+        slopes *= 1 - (z / case.softcap) ** 2
+    slopes /= len(hidden)
+    loss, grad_hidden, grad_head = found
+    true_hidden = torch.zeros_like(hidden)
+    off = largest = 0.0
+    for ids in slices:
+        true_hidden += slopes[:, ids] @ head[ids].double()
+        true = slopes[:, ids].t() @ hidden
+        off = max(off, float((grad_head[ids].double() - true).abs().max()))
+        largest = max(largest, float(true.abs().max()))
+    off_hidden = float((grad_hidden.double() - true_hidden).abs().max())
+    grad = max(off / largest, off_hidden / float(true_hidden.abs().max()))
+    return Errors(float((loss.double() - true_loss).abs() / true_loss.abs()), grad)
+
+
+def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider]:
+    """Every provider by name."""
+    ours = partial(_unteach, backend="torch" if backend == "auto" else backend)
+    tiles = partial(cross_entropy_path, products=4)  # the logits are made again for their slopes
+    found: dict[str, Provider] = {
+        "unteach": Provider("cross-entropy", "tiles", ours, tiles, errors_of),
+        "eager": Provider("cross-entropy", "logits in memory", _eager, _eager_path, errors_of),
+    }
+    for name, peer in peers().items():
+        make = peer.make if name == "cce" else partial(_without_cap, name, peer.make)
+        found[name] = replace(peer, loss="cross-entropy", make=make, check=errors_of)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every combination of the lists, and append the rows."""
+    run("bench_linear_logprob", __doc__, providers, argv)
+
+
+if __name__ == "__main__":
+    main()
