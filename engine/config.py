@@ -130,6 +130,20 @@ class MethodConfig(Section):
     weights: dict[Goal, float] = Field(
         dict.fromkeys(GOALS, 1.0), description="loss weight of each goal; 1 where left out"
     )
+    npo_beta: float = Field(0.1, gt=0, description="inverse temperature of npo")
+    simnpo_beta: float = Field(2.5, gt=0, description="inverse temperature of simnpo")
+    simnpo_gamma: float = Field(0.0, description="margin of simnpo, nats a token")
+    flat_divergence: Literal["tv", "kl", "js", "pearson"] = Field(
+        "tv", description="f-divergence of flat"
+    )
+    bild_temperature: float = Field(3.0, gt=0, description="temperature of bild-loss")
+    bild_symmetric: bool = Field(False, description="add KL(student || teacher) to bild-loss")
+    direction: Literal["mgda", "normalized-mgda", "projection"] = Field(
+        "mgda", description="how mollm combines the gradients of its goals"
+    )
+    own_rate_every: int | None = Field(
+        10, ge=1, description="steps between the probes by which ngdiff finds its rate; None = off"
+    )
 
     @field_validator("weights")
     @classmethod

@@ -33,7 +33,7 @@ from unteach.engine.model import (
 )
 from unteach.engine.progress import say
 from unteach.engine.teacher.intentions import Intentions, load_intentions
-from unteach.engine.train.methods import find_method
+from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.parallel import World
 
 
@@ -87,19 +87,13 @@ def open_run(config: Config, world: World) -> Run:
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    method = find_method(config.method.name)
+    find_method(config.method.name)
     if not config.data.path:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
     records = read_records(Path(config.data.path))
     check_disjoint(records)
-    present = {record.goal for record in records if record.split == "train"}
-    asked = [goal for goal in method.goals if config.data.mix.get(goal, 0)]
-    missing = [goal for goal in asked if goal not in present]
-    if missing:
-        raise InputError(
-            f"{config.data.path} has no train record of goal {missing[0]}, which data.mix asks "
-            f"for: add records or set data.mix.{missing[0]}=0."
-        )
+    check_method(config, records)
+    config = settle(config)
     intentions = None
     if config.teacher.intentions is not None:
         intentions = load_intentions(Path(config.teacher.intentions))

@@ -104,10 +104,10 @@ def train(
     Example: torchrun --nproc-per-node 8 -m unteach.recipes.cli train quickstart
     """
     with opened(recipe, config, settings) as work:
-        from unteach.engine.stages import target_stage, teach_stage, train_stage
+        from unteach.engine.stages import target_stage, train_stage, training_cache
 
         target_stage(work)
-        train_stage(work, teach_stage(work))
+        train_stage(work, training_cache(work))
 
 
 @app.command()

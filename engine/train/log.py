@@ -16,8 +16,8 @@ from torch import Tensor
 from unteach.engine.data.records import GOALS
 from unteach.engine.data.tokens import Batch
 from unteach.engine.errors import InputError
-from unteach.engine.train.methods import MethodOutput
 from unteach.engine.train.parallel import World
+from unteach.engine.train.terms import MethodOutput
 
 
 class StepSums:
