@@ -89,13 +89,13 @@ def training_records(run: Run) -> list[Record]:
     records = run.split("train")
     if not run.config.data.known_only:
         return records
-    path = run.folder / "known.json"
+    path = run.root / "known.json"
     candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
-    if run.world.rank == 0 and not stamp_matches(run.folder, "known", inputs, path):
+    if run.world.rank == 0 and not stamp_matches(run.root, "known", inputs, path):
         model = run.load(run.base, "float32")
         write_json(path, sorted(known(run.config, model, run.tokenizer, candidates)))
-        leave_stamp(run.folder, "known", inputs)
+        leave_stamp(run.root, "known", inputs)
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
     asked = [r for r in records if r.goal in ("forget", "attack")]
@@ -111,7 +111,7 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
     """Build or finish the cache of the prompted teacher; a whole one needs no teacher to open."""
     goals = find_method(run.config.method.name).goals
     records = [record for record in training_records(run) if record.goal in goals]
-    folder = run.folder / "cache"
+    folder = run.cache_folder
     manifest = read_manifest(folder)
     if manifest is not None and manifest.complete and not rebuild:
         fingerprints = cache_fingerprints(

@@ -144,6 +144,42 @@ def report(
         report_stage(work)
 
 
+@app.command()
+def compare(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="rows, parted by commas; all of them if left out"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each method")] = 3,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            "--rates",
+            help="learning rates to choose from, parted by commas; a third of optim.lr, optim.lr "
+            "and three times it if left out; a single one is taken as it is",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="optimiser steps of each training")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train and score every method on the same data and budget; goes on where it was stopped.
+
+    Example: unteach compare tiny --seeds 1 --rates 1e-3 --steps 2
+    """
+    budget = [] if steps is None else [f"optim.steps={steps}"]
+    with opened(recipe, config, [*(settings or []), *budget]) as work:
+        from unteach.engine.compare import chosen_rates, chosen_rows
+        from unteach.engine.compare import compare as compare_rows
+
+        chosen = chosen_rates(rates, work.asked.optim.lr)
+        compare_rows(work, chosen_rows(methods), seeds, chosen)
+
+
 @contextmanager
 def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
     """Resolve the config, join the other processes, open the run folder."""

@@ -25,6 +25,15 @@ AXES = {
     "attack": "Resists attack\n100 − attack",
     "mmlu": "MMLU",
 }
+ROW_STYLES = (
+    (GREY, "--", "s"),
+    (BLUE, "-", "o"),
+    (ORANGE, "-.", "^"),
+    (GREEN, ":", "v"),
+    (PURPLE, "--", "D"),
+    ("#E69F00", "-.", "P"),
+    ("#56B4E9", ":", "X"),
+)
 GOAL_STYLES = dict(
     zip(GOALS, ((ORANGE, "-"), (BLUE, "--"), (GREEN, "-."), (PURPLE, ":")), strict=True)
 )
@@ -32,7 +41,12 @@ GOAL_STYLES = dict(
 
 def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes | None:
     """Base and model over the scores, further out is better; None below three scores."""
-    names = [name for name in DIRECTIONS if name in base and name in model]
+    return draw_rows({"base": base, "unlearned": model})
+
+
+def draw_rows(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
+    """Up to seven rows, the base first, further out is better; None below three scores."""
+    names = [name for name in DIRECTIONS if all(name in scores for scores in rows.values())]
     if len(names) < 3:
         return None
     figure = Figure(figsize=(6.4, 6.0), dpi=150, layout="constrained")
@@ -40,8 +54,7 @@ def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes |
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     angles = [2 * math.pi * index / len(names) for index in range(len(names))]
-    sides = ((base, "base", GREY, "--", "s"), (model, "unlearned", BLUE, "-", "o"))
-    for scores, label, colour, dash, marker in sides:
+    for (label, scores), (colour, dash, marker) in zip(rows.items(), ROW_STYLES, strict=False):
         outward = [_outward(name, scores[name]) for name in names]
         closed = ([*angles, angles[0]], [*outward, outward[0]])
         axes.plot(
@@ -53,7 +66,8 @@ def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes |
             label=label,
             clip_on=False,
         )
-        axes.fill(*closed, color=colour, alpha=0.12)
+        if len(rows) == 2:
+            axes.fill(*closed, color=colour, alpha=0.12)
     axes.set_ylim(0, 100)
     axes.set_yticks([25, 50, 75, 100])
     axes.set_yticklabels(["25", "50", "75", "100"], fontsize=8, color="#666666")
@@ -66,8 +80,35 @@ def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes |
         text.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
     axes.grid(color="#cccccc")
     axes.spines["polar"].set_color("#cccccc")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=min(4, len(rows)), frameon=False, fontsize=11)
     figure.suptitle("Further out is better", fontsize=12)
+    return _png(figure)
+
+
+def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
+    """Forgotten against general and against neighbor, a point a row; None where one is missing."""
+    if not all({"forget", "general", "neighbor"} <= scores.keys() for scores in rows.values()):
+        return None
+    figure = Figure(figsize=(9.6, 4.8), dpi=150, layout="constrained")
+    for axes, kept in zip(figure.subplots(1, 2), ("general", "neighbor"), strict=True):
+        for index, (label, scores) in enumerate(rows.items()):
+            colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
+            x, y = 100 - scores["forget"], scores[kept]
+            axes.plot(x, y, color=colour, marker=marker, linestyle="none", clip_on=False)
+            # Labels of points that lie together are laid out around them.
+            place = [(6, 4), (6, -10), (-6, 4), (-6, -10)][index % 4]
+            side = "left" if place[0] > 0 else "right"
+            axes.annotate(
+                label, (x, y), place, textcoords="offset points", fontsize=8, ha=side, color=colour
+            )
+        axes.set_xlim(-5, 105)
+        axes.set_ylim(-5, 105)
+        axes.set_xlabel("forgotten: 100 − forget")
+        axes.set_ylabel(kept)
+        axes.grid(color="#e5e5e5")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle("Up and to the right is better", fontsize=12)
     return _png(figure)
 
 

@@ -22,7 +22,7 @@ from unteach.engine.evaluate.choices import (
     score_options,
 )
 from unteach.engine.evaluate.choices import read_mmlu as read_mmlu
-from unteach.engine.evaluate.generate import ASKED_AS, Answer, Ask, answer_all, asks_of
+from unteach.engine.evaluate.generate import ASKED_AS, Answer, Ask, answer_all, answer_asks, asks_of
 from unteach.engine.evaluate.generate import attack_prefixes as attack_prefixes
 from unteach.engine.evaluate.scores import (
     LEAK_RECALL,
@@ -34,6 +34,7 @@ from unteach.engine.evaluate.scores import (
     share,
     trained_facts,
 )
+from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress
 
@@ -60,6 +61,7 @@ def evaluate(
     *,
     mmlu: Rows | None,
     title: str = "evaluate",
+    told: Told = NOTHING,
 ) -> Evaluation:
     """Score a model on the test records; training records only tell which facts were trained.
 
@@ -67,6 +69,7 @@ def evaluate(
         model: in float32, where scores do not hang on the make-up of a batch.
         mmlu: rows with shots, as `read_mmlu` gives them; None = not scored.
         title: stands before the progress bar.
+        told: what the model reads before every question.
     Raises:
         InputError: a goal without test records, or a record that its suite cannot score.
     """
@@ -77,14 +80,18 @@ def evaluate(
         check_mmlu(mmlu)
     prefixes = attack_prefixes(records) if settings.prefixed else []
     asks = asks_of(tested, prefixes)
-    contexts = [ask.context(tokenizer) for ask in asks]
+    contexts = [ask.context(tokenizer, told) for ask in asks]
     neighbors = sorted((r for r in tested if r.goal == "neighbor"), key=lambda r: r.id)
     questions = [row for row in mmlu or () if row["split"] == "test"]
     total = len({tuple(c) for c in contexts}) + len(neighbors) + len(questions)
     with progress(title, total, unit="questions") as advance:
-        answers = answer_all(model, tokenizer, contexts, settings, advance)
-        choices = score_options(model, tokenizer, neighbors, settings.option_sentence, advance)
-        letters = score_mmlu(model, tokenizer, mmlu or (), settings.batch_size, advance=advance)
+        answers = answer_asks(model, tokenizer, asks, settings, advance, told)
+        choices = score_options(
+            model, tokenizer, neighbors, settings.option_sentence, advance, told
+        )
+        letters = score_mmlu(
+            model, tokenizer, mmlu or (), settings.batch_size, advance=advance, told=told
+        )
     trained = trained_facts(records)
     samples = [_answer_sample(settings, *pair) for pair in zip(asks, answers, strict=True)]
     samples += [_choice_sample(*pair) for pair in zip(neighbors, choices, strict=True)]
