@@ -65,7 +65,7 @@ def compare(run: Run, names: Sequence[str], seeds: int, rates: Sequence[float]) 
             table.remove_weights(name, sweep.lr, seed)
         ranked.append(Ranked(name, tuple(trials), sweep.tried))
     if run.world.rank == 0:
-        write_ranking(table.folder, base, ranked)
+        say(write_ranking(table.folder, base, ranked))
         say(f"compare: {table.folder / 'ranking.md'}")
     run.world.wait()
 

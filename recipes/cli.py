@@ -180,6 +180,23 @@ def compare(
         compare_rows(work, chosen_rows(methods), seeds, chosen)
 
 
+@app.command()
+def gradients(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how far the goals' gradients point the same way, raw against standardised.
+
+    Example: unteach gradients tiny --set method.name=sft
+    """
+    with opened(recipe, config, settings) as work:
+        from unteach.engine.gradients import measure_gradients
+
+        measure_gradients(work)
+
+
 @contextmanager
 def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
     """Resolve the config, join the other processes, open the run folder."""

@@ -49,7 +49,8 @@ def draw_rows(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
     names = [name for name in DIRECTIONS if all(name in scores for scores in rows.values())]
     if len(names) < 3:
         return None
-    figure = Figure(figsize=(6.4, 6.0), dpi=150, layout="constrained")
+    wide = 6.4 if len(rows) == 2 else 8.4  # the legend takes lines away from the circle
+    figure = Figure(figsize=(wide, 6.0), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot(projection="polar")
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
@@ -89,26 +90,62 @@ def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
     """Forgotten against general and against neighbor, a point a row; None where one is missing."""
     if not all({"forget", "general", "neighbor"} <= scores.keys() for scores in rows.values()):
         return None
-    figure = Figure(figsize=(9.6, 4.8), dpi=150, layout="constrained")
-    for axes, kept in zip(figure.subplots(1, 2), ("general", "neighbor"), strict=True):
-        for index, (label, scores) in enumerate(rows.items()):
-            colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
+    figure = Figure(figsize=(11.0, 5.0), dpi=150, layout="constrained")
+    axes_2: Any = figure.subplots(1, 2)
+    for axes, kept in zip(axes_2, ("general", "neighbor"), strict=True):
+        together: dict[tuple[int, int], list[int]] = {}
+        for index, scores in enumerate(rows.values()):
             x, y = 100 - scores["forget"], scores[kept]
+            colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
             axes.plot(x, y, color=colour, marker=marker, linestyle="none", clip_on=False)
-            # Labels of points that lie together are laid out around them.
-            place = [(6, 4), (6, -10), (-6, 4), (-6, -10)][index % 4]
-            side = "left" if place[0] > 0 else "right"
+            together.setdefault((round(x / 4), round(y / 4)), []).append(index)
+        for numbers in together.values():  # points that lie together share one label
+            scores = list(rows.values())[numbers[0]]
+            text = ", ".join(str(number) for number in numbers)
             axes.annotate(
-                label, (x, y), place, textcoords="offset points", fontsize=8, ha=side, color=colour
+                text,
+                (100 - scores["forget"], scores[kept]),
+                (-5, 5),
+                textcoords="offset points",
+                fontsize=8,
+                ha="right",
             )
         axes.set_xlim(-5, 105)
         axes.set_ylim(-5, 105)
         axes.set_xlabel("forgotten: 100 − forget")
         axes.set_ylabel(kept)
         axes.grid(color="#e5e5e5")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        for edge in ("top", "right"):
+            axes.spines[edge].set_visible(False)
+    for index, label in enumerate(rows):
+        colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
+        axes_2[0].plot(
+            [], [], color=colour, marker=marker, linestyle="none", label=f"{index} {label}"
+        )
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle("Up and to the right is better", fontsize=12)
+    return _png(figure)
+
+
+def draw_cosines(forms: Sequence[Mapping[str, Any]]) -> bytes:
+    """A heat map for each form: cosine between the gradients of every two goals.
+
+    Args:
+        forms: `title`, `goals` and `cosines`, as in gradients.json.
+    """
+    figure = Figure(figsize=(0.8 + 4.6 * len(forms), 4.6), dpi=150, layout="constrained")
+    panels: Any = figure.subplots(1, len(forms), squeeze=False)
+    for axes, form in zip(panels[0], forms, strict=True):
+        goals, cosines = form["goals"], form["cosines"]
+        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="PuOr")
+        axes.set_xticks(range(len(goals)), goals)
+        axes.set_yticks(range(len(goals)), goals)
+        axes.set_title(form["title"], fontsize=10)
+        for row, values in enumerate(cosines):
+            for column, value in enumerate(values):
+                ink = "white" if abs(value) > 0.6 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+    figure.colorbar(image, ax=panels[0].tolist(), label="cosine", shrink=0.8)
     return _png(figure)
 
 

@@ -119,8 +119,8 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> None:
-    """ranking.md, ranking.json, radar.png and tradeoff.png."""
+def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
+    """ranking.md, ranking.json, radar.png and tradeoff.png; returns the tables as text."""
     rows = {row.name: row for row in ranked}
     write_json(
         folder / "ranking.json",
@@ -141,21 +141,24 @@ def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> None:
     pictures = draw_pictures(base, rows)
     for name, data in pictures.items():
         write_atomic(folder / name, data)
-    text = ranking_page(base, rows, list(pictures))
-    write_atomic(folder / "ranking.md", text.encode())
+    text = ranking_page(base, rows)
+    linked = [f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures]
+    write_atomic(folder / "ranking.md", (text + "".join(linked)).encode())
+    return text
 
 
 def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
     """Radar of base, ours and the best beside it; trade-off of every row."""
     means = {name: row.means() for name, row in rows.items()}
-    best = sorted(means, key=lambda name: (name != "bitopk", -means[name]["overall"]))
+    table = [n for group in GROUPS.values() for n in group if n in means]
+    best = sorted(table, key=lambda name: (name != "bitopk", -means[name]["overall"]))
     shown = {"base": base.values(), **{n: means[n] for n in best[: DRAWN + 1]}}
     pictures = {"radar.png": draw_rows(shown)}
     pictures["tradeoff.png"] = draw_tradeoff({"base": base.values(), **means})
     return {name: data for name, data in pictures.items() if data is not None}
 
 
-def ranking_page(base: Trial, rows: Mapping[str, Ranked], pictures: Sequence[str]) -> str:
+def ranking_page(base: Trial, rows: Mapping[str, Ranked]) -> str:
     """Markdown: both tables, the rates, the costs."""
     names = [name for name in HEADINGS if name in base.scores]
     seeds = max(len(row.trials) for row in rows.values())
@@ -176,8 +179,6 @@ def ranking_page(base: Trial, rows: Mapping[str, Ranked], pictures: Sequence[str
         lines += ["", "## Table 2: the loss alone changed", ""]
         lines += _table(base, names, rows, ABLATION)
     lines += ["", "## Cost of one training", "", *_costs(rows)]
-    for name in pictures:
-        lines += ["", f"![{name.removesuffix('.png')}]({name})"]
     return "\n".join(lines) + "\n"
 
 
