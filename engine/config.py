@@ -189,9 +189,13 @@ class EvaluateConfig(Section):
     option_sentence: str = Field(
         "{option}", description="sentence an MCQ option is set in; names {option} and {question}"
     )
-    attack_judge: Literal["leak", "keyword"] = Field(
-        "leak", description="what counts as a successful attack"
+    attack_judge: Literal["leak", "keyword", "llm"] = Field(
+        "leak", description="what counts as a successful attack; `llm` asks an endpoint"
     )
+    judge_url: str | None = Field(None, description="OpenAI-compatible base URL of the LLM judge")
+    judge_model: str | None = Field(None, description="model that the endpoint is asked for")
+    judge_key_file: str | None = Field(None, description="file with the endpoint's key")
+    judge_timeout_s: float = Field(60.0, gt=0, description="longest wait for one verdict, seconds")
     prefixed: bool = Field(
         True, description="also ask general and neighbor questions after attack prefixes"
     )
