@@ -196,6 +196,20 @@ class EvaluateConfig(Section):
     judge_model: str | None = Field(None, description="model that the endpoint is asked for")
     judge_key_file: str | None = Field(None, description="file with the endpoint's key")
     judge_timeout_s: float = Field(60.0, gt=0, description="longest wait for one verdict, seconds")
+    extra_records: dict[str, str] = Field(
+        {}, description="more forget questions by name: paraphrased, translated, multi-turn files"
+    )
+    quantized: tuple[Literal[8, 4], ...] = Field(
+        (), description="also score after rounding the weights to so many bits and back"
+    )
+    relearn_steps: int | None = Field(
+        None, ge=1, description="steps of retraining on forget rows before they are scored again"
+    )
+    relearn_rows: int = Field(8, ge=1, description="forget rows that the retraining sees")
+    relearn_lr: float = Field(1e-5, gt=0, description="learning rate of the retraining")
+    holdout: str | None = Field(
+        None, description="forget-like records never trained on, for the membership score"
+    )
     prefixed: bool = Field(
         True, description="also ask general and neighbor questions after attack prefixes"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from unteach.engine.config import Response
@@ -24,6 +25,7 @@ from unteach.engine.evaluate.report import (
     write_report,
     write_summary,
 )
+from unteach.engine.evaluate.stress import check_stresses, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
 from unteach.engine.files import write_json
 from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
@@ -250,6 +252,7 @@ def evaluate_stage(run: Run) -> None:
         raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
     if run.world.rank == 0:
         mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
+        check_stresses(run.config, run.records)
         config, words = run.config, tokenizer_fingerprint(run.tokenizer)
         protocol = protocol_hash(config, run.records, mmlu, words)
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
@@ -264,6 +267,8 @@ def evaluate_stage(run: Run) -> None:
                 result = evaluate(
                     config, model, run.tokenizer, run.records, mmlu=mmlu, title=f"evaluate {role}"
                 )
+                load = partial(run.load, path, "float32")
+                result = stressed(config, load, run.tokenizer, run.records, result)
             write_evaluation(run.folder, result, role, protocol, weights)
         print_table(write_summary(run.folder))
     run.world.wait()

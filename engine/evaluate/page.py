@@ -53,6 +53,8 @@ EXTRAS = {
     "neighbor_refused": ("Refused, neighbor", -1),
     "general_prefixed_refused": ("Refused, general + prefix", -1),
     "neighbor_prefixed_refused": ("Refused, neighbor + prefix", -1),
+    "relearned_forget": ("Forget, after relearning", -1),
+    "min_k_auc": ("Membership, Min-K AUC", 0),
     "unended": ("Cut at the longest answer", 0),
 }
 NOTE = (

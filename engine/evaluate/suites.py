@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from unteach.engine.config import Config, EvaluateConfig
@@ -36,6 +37,7 @@ from unteach.engine.evaluate.scores import (
     trained_facts,
 )
 from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.files import sha256_of
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress
 
@@ -201,17 +203,26 @@ def protocol_hash(
     """
     trained = trained_facts(records)
     tested = sorted(tested_records(config.evaluate, records), key=lambda record: record.id)
+    named = [*config.evaluate.extra_records.values(), config.evaluate.holdout]
     content = {
         "version": SCORING_VERSION,
         "evaluate": config.evaluate.model_dump(mode="json"),
         "records": [[r.model_dump(mode="json"), is_held_out(r, trained)] for r in tested],
         "prefixes": attack_prefixes(records),
         "mmlu": None if mmlu is None else [dict(row) for row in mmlu],
+        "files": {path: _sha256(path) for path in named if path},
         "tokenizer": tokenizer,
         "dtype": dtype,
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
 
 
 def tested_records(settings: EvaluateConfig, records: Iterable[Record]) -> list[Record]:
