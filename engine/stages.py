@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from unteach.engine.data.tokens import (
 )
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.card import write_model_card
+from unteach.engine.evaluate.harness import harness_scores
 from unteach.engine.evaluate.report import (
     Role,
     cached_evaluation,
@@ -280,4 +282,23 @@ def report_stage(run: Run) -> None:
         summary = write_report(run.folder)
         write_model_card(run.folder / "model", run.config, summary)
         say(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")
+    run.world.wait()
+
+
+def harness_stage(run: Run, tasks: str, include: Path | None = None) -> None:
+    """Score the exported model by lm-eval, into evaluation/lm_eval.json."""
+    if run.world.rank == 0:
+        scores = harness_scores(
+            run.folder / "model",
+            tasks,
+            batch_size=run.config.evaluate.batch_size,
+            device=str(run.world.device),
+            include=include,
+        )
+        found = {name: asdict(score) for name, score in scores.items()}
+        write_json(run.folder / "evaluation" / "lm_eval.json", found)
+        for name, score in scores.items():
+            say(
+                f"lm-eval {name}: {score.value:.1f} [{score.low:.1f}–{score.high:.1f}], N {score.n}"
+            )
     run.world.wait()

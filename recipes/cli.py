@@ -115,16 +115,28 @@ def evaluate(
     recipe: Recipe = None,
     config: ConfigFile = None,
     settings: Settings = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="also these tasks of lm-eval, parted by commas")
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option("--lm-eval-include", help="folder with task files of your own")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Score the base model and the trained one.
 
-    Example: unteach evaluate quickstart --set evaluate.batch_size=32
+    Example: unteach evaluate quickstart --lm-eval mmlu,wmdp_cyber
     """
+    if lm_eval is not None:
+        from unteach.engine.evaluate.harness import check_harness
+
+        check_harness(lm_eval)
     with opened(recipe, config, settings) as work:
-        from unteach.engine.stages import evaluate_stage
+        from unteach.engine.stages import evaluate_stage, harness_stage
 
         evaluate_stage(work)
+        if lm_eval is not None:
+            harness_stage(work, lm_eval, lm_eval_include)
 
 
 @app.command()
