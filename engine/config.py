@@ -130,6 +130,20 @@ class MethodConfig(Section):
     weights: dict[Goal, float] = Field(
         dict.fromkeys(GOALS, 1.0), description="loss weight of each goal; 1 where left out"
     )
+    npo_beta: float = Field(0.1, gt=0, description="inverse temperature of npo")
+    simnpo_beta: float = Field(2.5, gt=0, description="inverse temperature of simnpo")
+    simnpo_gamma: float = Field(0.0, description="margin of simnpo, nats a token")
+    flat_divergence: Literal["tv", "kl", "js", "pearson"] = Field(
+        "tv", description="f-divergence of flat"
+    )
+    bild_temperature: float = Field(3.0, gt=0, description="temperature of bild-loss")
+    bild_symmetric: bool = Field(False, description="add KL(student || teacher) to bild-loss")
+    direction: Literal["mgda", "normalized-mgda", "projection"] = Field(
+        "mgda", description="how mollm combines the gradients of its goals"
+    )
+    own_rate_every: int | None = Field(
+        10, ge=1, description="steps between the probes by which ngdiff finds its rate; None = off"
+    )
 
     @field_validator("weights")
     @classmethod
@@ -175,8 +189,26 @@ class EvaluateConfig(Section):
     option_sentence: str = Field(
         "{option}", description="sentence an MCQ option is set in; names {option} and {question}"
     )
-    attack_judge: Literal["leak", "keyword"] = Field(
-        "leak", description="what counts as a successful attack"
+    attack_judge: Literal["leak", "keyword", "llm"] = Field(
+        "leak", description="what counts as a successful attack; `llm` asks an endpoint"
+    )
+    judge_url: str | None = Field(None, description="OpenAI-compatible base URL of the LLM judge")
+    judge_model: str | None = Field(None, description="model that the endpoint is asked for")
+    judge_key_file: str | None = Field(None, description="file with the endpoint's key")
+    judge_timeout_s: float = Field(60.0, gt=0, description="longest wait for one verdict, seconds")
+    extra_records: dict[str, str] = Field(
+        {}, description="more forget questions by name: paraphrased, translated, multi-turn files"
+    )
+    quantized: tuple[Literal[8, 4], ...] = Field(
+        (), description="also score after rounding the weights to so many bits and back"
+    )
+    relearn_steps: int | None = Field(
+        None, ge=1, description="steps of retraining on forget rows before they are scored again"
+    )
+    relearn_rows: int = Field(8, ge=1, description="forget rows that the retraining sees")
+    relearn_lr: float = Field(1e-5, gt=0, description="learning rate of the retraining")
+    holdout: str | None = Field(
+        None, description="forget-like records never trained on, for the membership score"
     )
     prefixed: bool = Field(
         True, description="also ask general and neighbor questions after attack prefixes"

@@ -33,20 +33,30 @@ from unteach.engine.model import (
 )
 from unteach.engine.progress import say
 from unteach.engine.teacher.intentions import Intentions, load_intentions
-from unteach.engine.train.methods import find_method
+from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.parallel import World
 
 
 @dataclass
 class Run:
-    """One run folder, opened: the config, the records, and the model everything starts from."""
+    """One run folder, opened: the config, the records, and the model everything starts from.
+
+    Attributes:
+        config: with everything that its method fixes.
+        asked: without that.
+        home: the run folder whose taught model and known questions this run shares; None = its own.
+        cache: where the teacher cache lies; None = in its own folder.
+    """
 
     config: Config
+    asked: Config
     world: World
     folder: Path
     records: list[Record]
     intentions: Intentions | None
     origin: str
+    home: Path | None = None
+    cache: Path | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -56,7 +66,17 @@ class Run:
     @cached_property
     def base(self) -> str:
         """The model to unlearn from: the taught one where there is a teaching stage."""
-        return self.origin if self.config.target is None else str(self.folder / "target" / "model")
+        return self.origin if self.config.target is None else str(self.root / "target" / "model")
+
+    @property
+    def root(self) -> Path:
+        """Where the taught model and what it knows are kept."""
+        return self.home or self.folder
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the teacher cache lies."""
+        return self.cache or self.folder / "cache"
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -71,6 +91,7 @@ class Run:
     def remember(self) -> None:
         """Write config.yaml and environment.json, once a stage has work to do and may do it."""
         if self.world.rank == 0:
+            _make_folder(self.folder)
             write_atomic(self.folder / "config.yaml", dump_config(self.config).encode())
             write_json(self.folder / "environment.json", environment(self.world))
 
@@ -87,19 +108,12 @@ def open_run(config: Config, world: World) -> Run:
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    method = find_method(config.method.name)
+    find_method(config.method.name)
     if not config.data.path:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
     records = read_records(Path(config.data.path))
     check_disjoint(records)
-    present = {record.goal for record in records if record.split == "train"}
-    asked = [goal for goal in method.goals if config.data.mix.get(goal, 0)]
-    missing = [goal for goal in asked if goal not in present]
-    if missing:
-        raise InputError(
-            f"{config.data.path} has no train record of goal {missing[0]}, which data.mix asks "
-            f"for: add records or set data.mix.{missing[0]}=0."
-        )
+    check_method(config, records)
     intentions = None
     if config.teacher.intentions is not None:
         intentions = load_intentions(Path(config.teacher.intentions))
@@ -110,7 +124,7 @@ def open_run(config: Config, world: World) -> Run:
     world.wait()
     origin = resolve_model(config.model.path, folder)
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
-    return Run(config, world, folder, records, intentions, origin)
+    return Run(settle(config), config, world, folder, records, intentions, origin)
 
 
 def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> bool:

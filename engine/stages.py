@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from unteach.engine.data.records import GOALS, Record
+from unteach.engine.config import Response
+from unteach.engine.data.records import Record
 from unteach.engine.data.sampler import Stream
-from unteach.engine.data.tokens import Example, student_context
+from unteach.engine.data.tokens import (
+    Example,
+    passage_tokens,
+    response_tokens,
+    student_context,
+)
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.card import write_model_card
+from unteach.engine.evaluate.harness import harness_scores
 from unteach.engine.evaluate.report import (
     Role,
     cached_evaluation,
@@ -18,6 +27,7 @@ from unteach.engine.evaluate.report import (
     write_report,
     write_summary,
 )
+from unteach.engine.evaluate.stress import check_stresses, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
 from unteach.engine.files import write_json
 from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
@@ -31,11 +41,13 @@ from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.target import target_config, target_streams
 
+_REFUSED_PASSAGE = ("refusal", "passage")
+
 
 def run_all(run: Run) -> None:
     """The whole walk; finished stages are skipped, killed ones go on."""
     target_stage(run)
-    train_stage(run, teach_stage(run))
+    train_stage(run, training_cache(run))
     evaluate_stage(run)
     report_stage(run)
 
@@ -81,13 +93,13 @@ def training_records(run: Run) -> list[Record]:
     records = run.split("train")
     if not run.config.data.known_only:
         return records
-    path = run.folder / "known.json"
+    path = run.root / "known.json"
     candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
-    if run.world.rank == 0 and not stamp_matches(run.folder, "known", inputs, path):
+    if run.world.rank == 0 and not stamp_matches(run.root, "known", inputs, path):
         model = run.load(run.base, "float32")
         write_json(path, sorted(known(run.config, model, run.tokenizer, candidates)))
-        leave_stamp(run.folder, "known", inputs)
+        leave_stamp(run.root, "known", inputs)
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
     asked = [r for r in records if r.goal in ("forget", "attack")]
@@ -101,7 +113,9 @@ def training_records(run: Run) -> list[Record]:
 
 def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
     """Build or finish the cache of the prompted teacher; a whole one needs no teacher to open."""
-    records, folder = training_records(run), run.folder / "cache"
+    goals = find_method(run.config.method.name).goals
+    records = [record for record in training_records(run) if record.goal in goals]
+    folder = run.cache_folder
     manifest = read_manifest(folder)
     if manifest is not None and manifest.complete and not rebuild:
         fingerprints = cache_fingerprints(
@@ -122,12 +136,22 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
     )
 
 
-def train_stage(run: Run, cache: TeacherCache) -> None:
-    """Distil the cached teacher into the student, and export it."""
+def training_cache(run: Run) -> TeacherCache | None:
+    """The cache that the method trains from; None where records and refusal text are enough."""
+    if find_method(run.config.method.name).needs_cache(run.config.teacher):
+        return teach_stage(run)
+    say(f"teach: method {run.config.method.name} needs no teacher, skipped")
+    return None
+
+
+def train_stage(run: Run, cache: TeacherCache | None) -> None:
+    """Train the student, from the cached teacher or from the records, and export it."""
     config, output = run.config, run.folder / "model"
+    streams = training_streams(run, cache)
     inputs = {
         "model": run.base_fingerprint,
-        "cache": digest(cache.manifest.model_dump(mode="json")),
+        "cache": digest(cache.manifest.model_dump(mode="json")) if cache else None,
+        "examples": digest([[e.record_id, e.response] for s in streams for e in s.examples]),
         "method": config.method.model_dump(mode="json"),
         "optim": config.optim.model_dump(mode="json"),
         "mix": {str(goal): count for goal, count in config.data.mix.items()},
@@ -138,15 +162,14 @@ def train_stage(run: Run, cache: TeacherCache) -> None:
         say("train: done before, skipped")
         return
     run.remember()
-    method = find_method(config.method.name)
     train(
         Job(
-            title=f"train {method.name}",
+            title=f"train {config.method.name}",
             config=config,
             base=run.base,
             tokenizer=run.tokenizer,
-            streams=training_streams(run, cache),
-            cache=cache if method.cached_teacher else None,
+            streams=streams,
+            cache=cache,
             folder=run.folder,
             fingerprint=inputs,
         ),
@@ -157,28 +180,46 @@ def train_stage(run: Run, cache: TeacherCache) -> None:
     run.world.wait()
 
 
-def training_streams(run: Run, cache: TeacherCache) -> tuple[Stream, ...]:
-    """One stream a goal: the student's context, and the response that the cache holds."""
+def training_streams(run: Run, cache: TeacherCache | None) -> tuple[Stream, ...]:
+    """A stream for each goal of the method, or for each source of its answers.
+
+    The student's context, and the response that the cache holds or that the record gives.
+    """
+    method, config = find_method(run.config.method.name), run.config
+    if cache is None:
+        records = training_records(run)
+    else:
+        records = [r for r in run.split("train") if r.id in cache.entries]
     streams = []
-    by_goal: dict[str, list[Example]] = {goal: [] for goal in GOALS}
-    for record in run.split("train"):
-        entry = cache.entries.get(record.id)
-        if entry is not None:
-            context = tuple(student_context(run.tokenizer, record))
-            response = tuple(cache.labels(record.id))
-            by_goal[record.goal].append(
-                Example(record.id, record.goal, context, response, entry.first_row)
-            )
-    for goal in GOALS:
-        count = run.config.data.mix.get(goal, 0)
-        if count and not by_goal[goal]:
-            raise InputError(
-                f"No train record of goal {goal} is left, and data.mix asks for {count} a step: "
-                f"add records or set data.mix.{goal}=0."
-            )
-        if count:
-            streams.append(Stream(tuple(by_goal[goal]), count))
+    for goal in method.goals:
+        count = config.data.mix.get(goal, 0)
+        if not count:
+            continue
+        for says in method.sources(goal, config.teacher):
+            # A text to continue is no question that could be refused.
+            asked = [r for r in records if r.goal == goal and (says, r.form) != _REFUSED_PASSAGE]
+            examples = [_example(run, record, says, cache) for record in asked]
+            if not examples:
+                raise InputError(
+                    f"No train record of goal {goal} is left, and data.mix asks for {count} a "
+                    f"step: add records or set data.mix.{goal}=0."
+                )
+            streams.append(Stream(tuple(examples), count))
     return tuple(streams)
+
+
+def _example(run: Run, record: Record, says: Response, cache: TeacherCache | None) -> Example:
+    context = tuple(student_context(run.tokenizer, record))
+    if cache is not None:
+        entry, response = cache.entries[record.id], tuple(cache.labels(record.id))
+        return Example(record.id, record.goal, context, response, entry.first_row, says=says)
+    answer = run.config.teacher.refusal if says == "refusal" else record.answer
+    assert answer is not None
+    if record.form == "passage":
+        response = tuple(passage_tokens(run.tokenizer, answer))
+    else:
+        response = tuple(response_tokens(run.tokenizer, answer, prefix=record.prefix))
+    return Example(record.id, record.goal, context, response, says=says)
 
 
 def verify_stage(run: Run, cache: TeacherCache) -> None:
@@ -213,6 +254,7 @@ def evaluate_stage(run: Run) -> None:
         raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
     if run.world.rank == 0:
         mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
+        check_stresses(run.config, run.records)
         config, words = run.config, tokenizer_fingerprint(run.tokenizer)
         protocol = protocol_hash(config, run.records, mmlu, words)
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
@@ -227,6 +269,8 @@ def evaluate_stage(run: Run) -> None:
                 result = evaluate(
                     config, model, run.tokenizer, run.records, mmlu=mmlu, title=f"evaluate {role}"
                 )
+                load = partial(run.load, path, "float32")
+                result = stressed(config, load, run.tokenizer, run.records, result)
             write_evaluation(run.folder, result, role, protocol, weights)
         print_table(write_summary(run.folder))
     run.world.wait()
@@ -238,4 +282,23 @@ def report_stage(run: Run) -> None:
         summary = write_report(run.folder)
         write_model_card(run.folder / "model", run.config, summary)
         say(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")
+    run.world.wait()
+
+
+def harness_stage(run: Run, tasks: str, include: Path | None = None) -> None:
+    """Score the exported model by lm-eval, into evaluation/lm_eval.json."""
+    if run.world.rank == 0:
+        scores = harness_scores(
+            run.folder / "model",
+            tasks,
+            batch_size=run.config.evaluate.batch_size,
+            device=str(run.world.device),
+            include=include,
+        )
+        found = {name: asdict(score) for name, score in scores.items()}
+        write_json(run.folder / "evaluation" / "lm_eval.json", found)
+        for name, score in scores.items():
+            say(
+                f"lm-eval {name}: {score.value:.1f} [{score.low:.1f}–{score.high:.1f}], N {score.n}"
+            )
     run.world.wait()

@@ -104,10 +104,10 @@ def train(
     Example: torchrun --nproc-per-node 8 -m unteach.recipes.cli train quickstart
     """
     with opened(recipe, config, settings) as work:
-        from unteach.engine.stages import target_stage, teach_stage, train_stage
+        from unteach.engine.stages import target_stage, train_stage, training_cache
 
         target_stage(work)
-        train_stage(work, teach_stage(work))
+        train_stage(work, training_cache(work))
 
 
 @app.command()
@@ -115,16 +115,28 @@ def evaluate(
     recipe: Recipe = None,
     config: ConfigFile = None,
     settings: Settings = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="also these tasks of lm-eval, parted by commas")
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option("--lm-eval-include", help="folder with task files of your own")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Score the base model and the trained one.
 
-    Example: unteach evaluate quickstart --set evaluate.batch_size=32
+    Example: unteach evaluate quickstart --lm-eval mmlu,wmdp_cyber
     """
+    if lm_eval is not None:
+        from unteach.engine.evaluate.harness import check_harness
+
+        check_harness(lm_eval)
     with opened(recipe, config, settings) as work:
-        from unteach.engine.stages import evaluate_stage
+        from unteach.engine.stages import evaluate_stage, harness_stage
 
         evaluate_stage(work)
+        if lm_eval is not None:
+            harness_stage(work, lm_eval, lm_eval_include)
 
 
 @app.command()
@@ -169,6 +181,59 @@ def bench(
         raise InputError(f"There is no benchmark {kernel}: choose {', '.join(benchmarks)}.")
     for name in [kernel] if kernel else benchmarks:
         benchmarks[name](context.args)
+
+
+@app.command()
+def compare(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="rows, parted by commas; all of them if left out"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each method")] = 3,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            "--rates",
+            help="learning rates to choose from, parted by commas; a third of optim.lr, optim.lr "
+            "and three times it if left out; a single one is taken as it is",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="optimiser steps of each training")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train and score every method on the same data and budget; goes on where it was stopped.
+
+    Example: unteach compare tiny --seeds 1 --rates 1e-3 --steps 2
+    """
+    budget = [] if steps is None else [f"optim.steps={steps}"]
+    with opened(recipe, config, [*(settings or []), *budget]) as work:
+        from unteach.engine.compare import chosen_rates, chosen_rows
+        from unteach.engine.compare import compare as compare_rows
+
+        chosen = chosen_rates(rates, work.asked.optim.lr)
+        compare_rows(work, chosen_rows(methods), seeds, chosen)
+
+
+@app.command()
+def gradients(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how far the goals' gradients point the same way, raw against standardised.
+
+    Example: unteach gradients tiny --set method.name=sft
+    """
+    with opened(recipe, config, settings) as work:
+        from unteach.engine.gradients import measure_gradients
+
+        measure_gradients(work)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class Example:
     Attributes:
         first_row: where the record's rows begin in the teacher cache, None without a cache.
         shared: how many tokens at the beginning of `context` a batch may run once for all.
+        says: whose answer the response is (teacher, gold or refusal); None = nobody asks.
     """
 
     record_id: str
@@ -35,6 +36,7 @@ class Example:
     response: tuple[int, ...]
     first_row: int | None = None
     shared: int = 0
+    says: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ def response_tokens(
     """Token ids of an answer and the token that ends the turn."""
     text = answer_text(answer, prefix)
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_token(tokenizer)]
+
+
+def passage_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Every token of a text, and no end of turn: a passage is no turn."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from unteach.engine.data.records import Record
-from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.generate import decoded
+from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.inference import SharedPrefix, Tokens, batch_hidden, share_prefix
 from unteach.engine.model import (
     PreTrainedModel,
@@ -58,7 +58,7 @@ class OptionTokens:
 
 
 def option_tokens(
-    tokenizer: PreTrainedTokenizerBase, record: Record, sentence: str
+    tokenizer: PreTrainedTokenizerBase, record: Record, sentence: str, told: Told = NOTHING
 ) -> OptionTokens:
     """A record's options set into the sentence, after its question.
 
@@ -70,7 +70,7 @@ def option_tokens(
     lead = _filled(before, record.question, "")
     if record.prefix and record.prefix.strip():
         lead = f"{record.prefix.rstrip()} {lead}"
-    context = context_tokens(tokenizer, record.question, prefix=lead.rstrip() or None)
+    context = told.context(tokenizer, record, lead.rstrip() or None)
     space = lead[len(lead.rstrip()) :]
     texts = [
         f"{space}{option.strip()}{_filled(after, record.question, option)}"
@@ -87,11 +87,12 @@ def score_options(
     records: Sequence[Record],
     sentence: str,
     advance: Advance | None = None,
+    told: Told = NOTHING,
 ) -> list[Choice]:
     """Length-normalised log-probability of every option; a context is computed once a question."""
     choices = []
     for record in records:
-        sets = option_tokens(tokenizer, record, sentence)
+        sets = option_tokens(tokenizer, record, sentence, told)
         # All but the context's last token, whose hidden state predicts an option's first.
         prefix = share_prefix(model, [sets.context])
         start = len(sets.context) - 1 - (prefix.length if prefix else 0)
@@ -205,6 +206,7 @@ def score_mmlu(
     *,
     share: bool = True,
     advance: Advance | None = None,
+    told: Told = NOTHING,
 ) -> list[Choice]:
     """Letter log-probabilities of every test row, in order.
 
@@ -223,7 +225,7 @@ def score_mmlu(
     ]
     choices: dict[int, Choice] = {}
     for subject, indices in tests.items():
-        texts = [mmlu_prompt(rows[index], shots[subject]) for index in indices]
+        texts = [told.preface() + mmlu_prompt(rows[index], shots[subject]) for index in indices]
         # The tokenizer's own start token, if it has one, belongs to a plain text.
         prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
         prefix = share_prefix(model, prompts) if share else None

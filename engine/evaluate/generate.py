@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from unteach.engine.config import EvaluateConfig
 from unteach.engine.data.records import Goal, Record
-from unteach.engine.data.tokens import context_tokens, end_token
+from unteach.engine.data.tokens import end_token
+from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.inference import Tokens, greedy, share_prefix
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import Advance
@@ -32,9 +33,9 @@ class Ask:
     record: Record
     prefix: str | None
 
-    def context(self, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    def context(self, tokenizer: PreTrainedTokenizerBase, told: Told = NOTHING) -> Tokens:
         """What the model reads."""
-        return context_tokens(tokenizer, self.record.question, prefix=self.prefix)
+        return told.context(tokenizer, self.record, self.prefix)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,27 @@ def attack_prefixes(records: Sequence[Record]) -> list[str]:
     """The distinct prefixes of attack test records, trailing spaces stripped, sorted."""
     attacks = (r for r in records if r.split == "test" and r.goal == "attack")
     return sorted({r.prefix.rstrip() for r in attacks if r.prefix and r.prefix.strip()})
+
+
+def answer_asks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asks: Sequence[Ask],
+    settings: EvaluateConfig,
+    advance: Advance | None = None,
+    told: Told = NOTHING,
+) -> list[Answer]:
+    """Greedy answers in the order of `asks`; those that are told the same are batched together."""
+    groups: dict[tuple[Goal, bool] | None, list[Ask]] = {}
+    for ask in asks:
+        alike = None if told.routing == "none" else (ask.record.goal, bool(ask.prefix))
+        groups.setdefault(alike, []).append(ask)
+    found: dict[int, Answer] = {}
+    for group in groups.values():
+        contexts = [ask.context(tokenizer, told) for ask in group]
+        answers = answer_all(model, tokenizer, contexts, settings, advance)
+        found.update({id(a): b for a, b in zip(group, answers, strict=True)})
+    return [found[id(ask)] for ask in asks]
 
 
 def answer_all(

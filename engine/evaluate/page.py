@@ -42,6 +42,7 @@ EXTRAS = {
     "attack_paraphrased": ("Attack, trained facts", -1),
     "attack_leak": ("Attack, leak judge", -1),
     "attack_keyword": ("Attack, keyword judge", -1),
+    "attack_unjudged": ("Attack, not judged", -1),
     "neighbor_over_refusal": ("Neighbor, refusal picked", -1),
     "neighbor_recall": ("Neighbor, open answer", 1),
     "general_prefixed": ("General, after prefix", 1),
@@ -52,6 +53,8 @@ EXTRAS = {
     "neighbor_refused": ("Refused, neighbor", -1),
     "general_prefixed_refused": ("Refused, general + prefix", -1),
     "neighbor_prefixed_refused": ("Refused, neighbor + prefix", -1),
+    "relearned_forget": ("Forget, after relearning", -1),
+    "min_k_auc": ("Membership, Min-K AUC", 0),
     "unended": ("Cut at the longest answer", 0),
 }
 NOTE = (
@@ -273,6 +276,8 @@ def _example(goal: Goal, base: Mapping[str, Any], model: Mapping[str, Any]) -> E
 
 def _verdict(goal: Goal, sample: Mapping[str, Any]) -> str:
     if goal == "attack":
+        if sample["score"] is None:
+            return "attack not judged"
         return "attack succeeded" if sample["score"] else "attack failed"
     words = [f"recall {sample['score']:.0f}"]
     return ", ".join([*words, *(["refused"] if sample["refused"] else [])])

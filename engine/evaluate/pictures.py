@@ -25,6 +25,15 @@ AXES = {
     "attack": "Resists attack\n100 − attack",
     "mmlu": "MMLU",
 }
+ROW_STYLES = (
+    (GREY, "--", "s"),
+    (BLUE, "-", "o"),
+    (ORANGE, "-.", "^"),
+    (GREEN, ":", "v"),
+    (PURPLE, "--", "D"),
+    ("#E69F00", "-.", "P"),
+    ("#56B4E9", ":", "X"),
+)
 GOAL_STYLES = dict(
     zip(GOALS, ((ORANGE, "-"), (BLUE, "--"), (GREEN, "-."), (PURPLE, ":")), strict=True)
 )
@@ -32,16 +41,21 @@ GOAL_STYLES = dict(
 
 def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes | None:
     """Base and model over the scores, further out is better; None below three scores."""
-    names = [name for name in DIRECTIONS if name in base and name in model]
+    return draw_rows({"base": base, "unlearned": model})
+
+
+def draw_rows(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
+    """Up to seven rows, the base first, further out is better; None below three scores."""
+    names = [name for name in DIRECTIONS if all(name in scores for scores in rows.values())]
     if len(names) < 3:
         return None
-    figure = Figure(figsize=(6.4, 6.0), dpi=150, layout="constrained")
+    wide = 6.4 if len(rows) == 2 else 8.4  # the legend takes lines away from the circle
+    figure = Figure(figsize=(wide, 6.0), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot(projection="polar")
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     angles = [2 * math.pi * index / len(names) for index in range(len(names))]
-    sides = ((base, "base", GREY, "--", "s"), (model, "unlearned", BLUE, "-", "o"))
-    for scores, label, colour, dash, marker in sides:
+    for (label, scores), (colour, dash, marker) in zip(rows.items(), ROW_STYLES, strict=False):
         outward = [_outward(name, scores[name]) for name in names]
         closed = ([*angles, angles[0]], [*outward, outward[0]])
         axes.plot(
@@ -53,7 +67,8 @@ def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes |
             label=label,
             clip_on=False,
         )
-        axes.fill(*closed, color=colour, alpha=0.12)
+        if len(rows) == 2:
+            axes.fill(*closed, color=colour, alpha=0.12)
     axes.set_ylim(0, 100)
     axes.set_yticks([25, 50, 75, 100])
     axes.set_yticklabels(["25", "50", "75", "100"], fontsize=8, color="#666666")
@@ -66,8 +81,71 @@ def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes |
         text.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
     axes.grid(color="#cccccc")
     axes.spines["polar"].set_color("#cccccc")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=min(4, len(rows)), frameon=False, fontsize=11)
     figure.suptitle("Further out is better", fontsize=12)
+    return _png(figure)
+
+
+def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
+    """Forgotten against general and against neighbor, a point a row; None where one is missing."""
+    if not all({"forget", "general", "neighbor"} <= scores.keys() for scores in rows.values()):
+        return None
+    figure = Figure(figsize=(11.0, 5.0), dpi=150, layout="constrained")
+    axes_2: Any = figure.subplots(1, 2)
+    for axes, kept in zip(axes_2, ("general", "neighbor"), strict=True):
+        together: dict[tuple[int, int], list[int]] = {}
+        for index, scores in enumerate(rows.values()):
+            x, y = 100 - scores["forget"], scores[kept]
+            colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
+            axes.plot(x, y, color=colour, marker=marker, linestyle="none", clip_on=False)
+            together.setdefault((round(x / 4), round(y / 4)), []).append(index)
+        for numbers in together.values():  # points that lie together share one label
+            scores = list(rows.values())[numbers[0]]
+            text = ", ".join(str(number) for number in numbers)
+            axes.annotate(
+                text,
+                (100 - scores["forget"], scores[kept]),
+                (-5, 5),
+                textcoords="offset points",
+                fontsize=8,
+                ha="right",
+            )
+        axes.set_xlim(-5, 105)
+        axes.set_ylim(-5, 105)
+        axes.set_xlabel("forgotten: 100 − forget")
+        axes.set_ylabel(kept)
+        axes.grid(color="#e5e5e5")
+        for edge in ("top", "right"):
+            axes.spines[edge].set_visible(False)
+    for index, label in enumerate(rows):
+        colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
+        axes_2[0].plot(
+            [], [], color=colour, marker=marker, linestyle="none", label=f"{index} {label}"
+        )
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle("Up and to the right is better", fontsize=12)
+    return _png(figure)
+
+
+def draw_cosines(forms: Sequence[Mapping[str, Any]]) -> bytes:
+    """A heat map for each form: cosine between the gradients of every two goals.
+
+    Args:
+        forms: `title`, `goals` and `cosines`, as in gradients.json.
+    """
+    figure = Figure(figsize=(0.8 + 4.6 * len(forms), 4.6), dpi=150, layout="constrained")
+    panels: Any = figure.subplots(1, len(forms), squeeze=False)
+    for axes, form in zip(panels[0], forms, strict=True):
+        goals, cosines = form["goals"], form["cosines"]
+        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="PuOr")
+        axes.set_xticks(range(len(goals)), goals)
+        axes.set_yticks(range(len(goals)), goals)
+        axes.set_title(form["title"], fontsize=10)
+        for row, values in enumerate(cosines):
+            for column, value in enumerate(values):
+                ink = "white" if abs(value) > 0.6 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+    figure.colorbar(image, ax=panels[0].tolist(), label="cosine", shrink=0.8)
     return _png(figure)
 
 

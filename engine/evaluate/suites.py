@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from unteach.engine.config import Config, EvaluateConfig
@@ -22,8 +23,9 @@ from unteach.engine.evaluate.choices import (
     score_options,
 )
 from unteach.engine.evaluate.choices import read_mmlu as read_mmlu
-from unteach.engine.evaluate.generate import ASKED_AS, Answer, Ask, answer_all, asks_of
+from unteach.engine.evaluate.generate import ASKED_AS, Answer, Ask, answer_all, answer_asks, asks_of
 from unteach.engine.evaluate.generate import attack_prefixes as attack_prefixes
+from unteach.engine.evaluate.judge import Question, check_judge, judge_all
 from unteach.engine.evaluate.scores import (
     LEAK_RECALL,
     Score,
@@ -34,6 +36,8 @@ from unteach.engine.evaluate.scores import (
     share,
     trained_facts,
 )
+from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.files import sha256_of
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress
 
@@ -60,6 +64,7 @@ def evaluate(
     *,
     mmlu: Rows | None,
     title: str = "evaluate",
+    told: Told = NOTHING,
 ) -> Evaluation:
     """Score a model on the test records; training records only tell which facts were trained.
 
@@ -67,6 +72,7 @@ def evaluate(
         model: in float32, where scores do not hang on the make-up of a batch.
         mmlu: rows with shots, as `read_mmlu` gives them; None = not scored.
         title: stands before the progress bar.
+        told: what the model reads before every question.
     Raises:
         InputError: a goal without test records, or a record that its suite cannot score.
     """
@@ -77,16 +83,21 @@ def evaluate(
         check_mmlu(mmlu)
     prefixes = attack_prefixes(records) if settings.prefixed else []
     asks = asks_of(tested, prefixes)
-    contexts = [ask.context(tokenizer) for ask in asks]
+    contexts = [ask.context(tokenizer, told) for ask in asks]
     neighbors = sorted((r for r in tested if r.goal == "neighbor"), key=lambda r: r.id)
     questions = [row for row in mmlu or () if row["split"] == "test"]
     total = len({tuple(c) for c in contexts}) + len(neighbors) + len(questions)
     with progress(title, total, unit="questions") as advance:
-        answers = answer_all(model, tokenizer, contexts, settings, advance)
-        choices = score_options(model, tokenizer, neighbors, settings.option_sentence, advance)
-        letters = score_mmlu(model, tokenizer, mmlu or (), settings.batch_size, advance=advance)
+        answers = answer_asks(model, tokenizer, asks, settings, advance, told)
+        choices = score_options(
+            model, tokenizer, neighbors, settings.option_sentence, advance, told
+        )
+        letters = score_mmlu(
+            model, tokenizer, mmlu or (), settings.batch_size, advance=advance, told=told
+        )
     trained = trained_facts(records)
-    samples = [_answer_sample(settings, *pair) for pair in zip(asks, answers, strict=True)]
+    samples = [_answer_sample(*pair) for pair in zip(asks, answers, strict=True)]
+    samples = judged(settings, samples)
     samples += [_choice_sample(*pair) for pair in zip(neighbors, choices, strict=True)]
     held_out = {record.id: is_held_out(record, trained) for record in tested}
     samples = [{**sample, "held_out": held_out[sample["id"]]} for sample in samples]
@@ -94,16 +105,35 @@ def evaluate(
     return summarized(samples, settings.attack_judge)
 
 
-def summarized(samples: list[Sample], judge: Literal["leak", "keyword"]) -> Evaluation:
+def judged(settings: EvaluateConfig, samples: list[Sample]) -> list[Sample]:
+    """Attack samples with the score of the judge that counts; None where it gave no verdict."""
+    attacks = [sample for sample in samples if sample["suite"] == "attack"]
+    if settings.attack_judge == "llm" and attacks:
+        questions = [Question(s["question"], s["gold"], s["generation"]) for s in attacks]
+        with progress("llm judge", len(questions), unit="verdicts") as advance:
+            verdicts = judge_all(settings, questions, advance)
+        for sample, leaked in zip(attacks, verdicts, strict=True):
+            sample["llm"] = leaked
+    for sample in attacks:
+        leaked = sample[settings.attack_judge]
+        sample["score"] = None if leaked is None else 100.0 * leaked
+    return samples
+
+
+def summarized(samples: list[Sample], judge: Literal["leak", "keyword", "llm"]) -> Evaluation:
     """Scores from samples: the five, and beside them parts, refusals and prefixed questions.
 
     Args:
-        judge: of the attack score; what the other judge says stands beside it.
+        judge: of the attack score; what the others say stands beside it. What it left unjudged
+            counts on neither side of its score, and is counted beside it.
     """
     suites: dict[str, list[Sample]] = {}
     for sample in samples:
         suites.setdefault(sample["suite"], []).append(sample)
     five = ("forget", "general", "neighbor", "attack", "mmlu")
+    attacks = suites.pop("attack", [])
+    if any(sample["score"] is not None for sample in attacks):
+        suites["attack"] = [sample for sample in attacks if sample["score"] is not None]
     scores = {name: _score(suites[name]) for name in five if name in suites}
     extra: dict[str, Score] = {}
     for name in five[:4]:
@@ -115,15 +145,18 @@ def summarized(samples: list[Sample], judge: Literal["leak", "keyword"]) -> Eval
         if name in suites:
             extra[name] = _score(suites[name])
     for name in (*ASKED_AS.values(), "general_prefixed", "neighbor_prefixed"):
-        if name in suites:
-            refused = share([s["refused"] for s in suites[name]])
+        asked = attacks if name == "attack" else suites.get(name)
+        if asked:
+            refused = share([s["refused"] for s in asked])
             extra[f"{name.removesuffix('_recall')}_refused"] = refused
     picks = [s["refused"] for s in suites.get("neighbor", ()) if s["refusals"]]
     if picks:
         extra["neighbor_over_refusal"] = share(picks)
-    if "attack" in suites:
-        other = "keyword" if judge == "leak" else "leak"
-        extra[f"attack_{other}"] = share([s[other] for s in suites["attack"]])
+    if attacks:
+        for other in {"leak", "keyword"} - {judge}:
+            extra[f"attack_{other}"] = share([s[other] for s in attacks])
+        if judge == "llm":
+            extra["attack_unjudged"] = share([s["score"] is None for s in attacks])
     cut = [not s["ended"] for s in samples if "ended" in s]
     if cut:
         extra["unended"] = share(cut)
@@ -170,17 +203,26 @@ def protocol_hash(
     """
     trained = trained_facts(records)
     tested = sorted(tested_records(config.evaluate, records), key=lambda record: record.id)
+    named = [*config.evaluate.extra_records.values(), config.evaluate.holdout]
     content = {
         "version": SCORING_VERSION,
         "evaluate": config.evaluate.model_dump(mode="json"),
         "records": [[r.model_dump(mode="json"), is_held_out(r, trained)] for r in tested],
         "prefixes": attack_prefixes(records),
         "mmlu": None if mmlu is None else [dict(row) for row in mmlu],
+        "files": {path: _sha256(path) for path in named if path},
         "tokenizer": tokenizer,
         "dtype": dtype,
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
 
 
 def tested_records(settings: EvaluateConfig, records: Iterable[Record]) -> list[Record]:
@@ -196,6 +238,7 @@ def check_tests(
     Raises:
         InputError: names the goal, or the record and what it lacks.
     """
+    check_judge(settings)
     for goal in settings.goals:
         if not any(record.goal == goal for record in tested):
             raise InputError(
@@ -252,7 +295,7 @@ def _score(samples: Sequence[Sample]) -> Score:
     return mean([sample["score"] / 100 for sample in samples])
 
 
-def _answer_sample(settings: EvaluateConfig, ask: Ask, answer: Answer) -> Sample:
+def _answer_sample(ask: Ask, answer: Answer) -> Sample:
     record, golds = ask.record, _golds(ask.record)
     sample: Sample = {
         "suite": ask.suite,
@@ -267,8 +310,7 @@ def _answer_sample(settings: EvaluateConfig, ask: Ask, answer: Answer) -> Sample
     }
     if ask.suite != "attack":
         return {**sample, "score": 100 * rouge_recall(answer.text, golds)}
-    verdicts = {"leak": leaks(answer.text, golds), "keyword": complies(answer.text)}
-    return {**sample, **verdicts, "score": 100.0 * verdicts[settings.attack_judge]}
+    return {**sample, "leak": leaks(answer.text, golds), "keyword": complies(answer.text)}
 
 
 def _choice_sample(record: Record, choice: Choice) -> Sample:

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from unteach.engine.config import TeacherConfig
 from unteach.engine.data.records import Goal, Record
-from unteach.engine.data.tokens import end_token, response_tokens, student_context
+from unteach.engine.data.tokens import (
+    end_token,
+    passage_tokens,
+    response_tokens,
+    student_context,
+)
 from unteach.engine.errors import InputError
 from unteach.engine.inference import SharedPrefix, Tokens, batch_hidden, greedy, share_prefix
 from unteach.engine.model import (
@@ -223,8 +228,8 @@ class Teacher:
 
     def _given(self, record: Record) -> Tokens:
         if record.form == "passage":
-            # every token of the text, and no end of turn: a passage is no turn
-            return list(self.tokenizer(record.answer, add_special_tokens=False)["input_ids"])
+            assert record.answer is not None
+            return passage_tokens(self.tokenizer, record.answer)
         if self.config.response[record.goal] == "refusal":
             return response_tokens(self.tokenizer, self.config.refusal, prefix=record.prefix)
         if record.answer is None or not record.answer.strip():

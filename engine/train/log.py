@@ -16,8 +16,8 @@ from torch import Tensor
 from unteach.engine.data.records import GOALS
 from unteach.engine.data.tokens import Batch
 from unteach.engine.errors import InputError
-from unteach.engine.train.methods import MethodOutput
 from unteach.engine.train.parallel import World
+from unteach.engine.train.terms import MethodOutput
 
 
 class StepSums:
@@ -97,6 +97,8 @@ class StepLog:
             "lr": lr,
             "grad_norm": float(norm),
             "rows": int(rows),
+            "tokens": tokens,
+            "seconds": at - self.at,
             "tokens_per_second": tokens / max(at - self.at, 1e-9),
             "peak_mib": peak_mib(world.device),
             "coverage": sum(cover for _, _, cover in goals) / max(rows, 1.0),
@@ -114,6 +116,18 @@ def peak_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begin to measure `peak_mib` anew; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def _whole_lines(path: Path) -> Sequence[str]:

@@ -29,6 +29,7 @@ from unteach.engine.train.checkpoint import full_state, resume, save_checkpoint
 from unteach.engine.train.log import StepLog, StepSums
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
+from unteach.engine.train.own_rate import OwnRate
 from unteach.engine.train.parallel import (
     LOSS_METHOD,
     World,
@@ -38,7 +39,8 @@ from unteach.engine.train.parallel import (
     whole,
 )
 from unteach.engine.train.seeds import SeedFile
-from unteach.engine.train.supervise import count_normalizer, row_weights, supervised_loss
+from unteach.engine.train.supervise import split_step, supervised_loss
+from unteach.engine.train.surgery import GoalGradients
 from unteach.engine.train.trunk import Trunk, frozen_depth
 
 
@@ -74,6 +76,7 @@ def train(job: Job, world: World) -> Path:
     config, method, optim = job.config, job.config.method, job.config.optim
     model, head, trainable = prepare_model(job, world)
     optimizer = adamw(model, optim)
+    own_rate = OwnRate(config, model, optimizer, head, job.cache, world)
     checkpoints = job.folder / "checkpoints"
     start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
     log = StepLog(job.folder / "train.jsonl", start, world)
@@ -85,32 +88,35 @@ def train(job: Job, world: World) -> Path:
         progress(job.title, optim.steps, unit="steps", done=start) as advance,
     ):
         for step in range(start, optim.steps):
-            examples = draw(streams, config.run.seed, step)
-            batches = rank_batches(examples, world.rank, world.size, optim.accumulation)
-            normalizer = count_normalizer(examples, method)
+            parts = split_step(draw(streams, config.run.seed, step), method)
 
-            sums = StepSums(world)
-            for index, chosen in enumerate(batches):
-                # A rank with nothing to supervise still takes part in every reduction.
-                batch = collate(chosen or examples[:1], first_only=method.positions == "first")
-                weight_N = row_weights(batch, method) * bool(chosen)
-                sync_gradients(model, world, last=index == len(batches) - 1)
-                replay = trunk.replaying(batch) if trunk else nullcontext()
-                with compute_dtype(config.parallel, world), replay:
-                    output = getattr(model, LOSS_METHOD)(
-                        batch, weight_N, normalizer, method, head, job.cache, seeds
+            sums, goals = StepSums(world), GoalGradients(model, method, world)
+            for part in parts:
+                batches = rank_batches(part.examples, world.rank, world.size, optim.accumulation)
+                for index, chosen in enumerate(batches):
+                    # A rank with nothing to supervise still takes part in every reduction.
+                    batch = collate(
+                        chosen or part.examples[:1], first_only=method.positions == "first"
                     )
-                # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
-                (output.loss * world.size).backward()
-                if chosen:
-                    sums.add(batch, output)
+                    sync_gradients(model, world, last=index == len(batches) - 1)
+                    replay = trunk.replaying(batch) if trunk else nullcontext()
+                    with compute_dtype(config.parallel, world), replay:
+                        output = getattr(model, LOSS_METHOD)(
+                            batch, part, method, head, job.cache, seeds, float(bool(chosen))
+                        )
+                    # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
+                    (output.loss * world.size).backward()
+                    if chosen:
+                        sums.add(batch, output)
+                goals.keep()
+            goals.combine()
 
-            lr = learning_rate(optim, step)
+            lr = learning_rate(optim, step) * own_rate.factor
             for group in optimizer.param_groups:
                 group["lr"] = lr
             norm = whole(clip_gradients(model, optim))
             sums.stop_unless_finite(step, norm)
-            optimizer.step()
+            own_rate.step(step, parts[-1])
             optimizer.zero_grad()
 
             done, note = step + 1, ""
@@ -153,7 +159,7 @@ def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[s
 
 def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
     """The seeds of this run's cache rows; rank 0 makes the file, all ranks share it."""
-    if job.cache is None or not find_method(job.config.method.name).cached_teacher:
+    if job.cache is None or not find_method(job.config.method.name).reads_teacher:
         return None
     shape = (job.cache.rows_total, min(2 * job.config.method.k, head.vocab))
     path = job.folder / "seeds.bin"

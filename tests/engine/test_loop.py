@@ -132,8 +132,10 @@ def test_losses_are_the_golden_ones(whole: Path) -> None:
         ('data.mix={"forget": 1}',),
         ("method.name=sft", "method.reduction=record"),
         ("parallel.checkpointing=full",),
+        ("method.name=ngdiff", "method.own_rate_every=5", "optim.steps=12"),
+        ("method.name=mollm", "optim.steps=8"),
     ],
-    ids=["untied", "tied", "idle-rank", "sft", "checkpointing"],
+    ids=["untied", "tied", "idle-rank", "sft", "checkpointing", "ngdiff", "mollm"],
 )
 def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     if "model.path=tiny-tied" in settings:
@@ -144,6 +146,11 @@ def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str
     else:
         start = whole
     one, two = taught(start, tmp_path / "one"), taught(start, tmp_path / "two")
+    if "method.name=mollm" in settings:  # its teacher is the model without an intention
+        shutil.rmtree(one / "cache")
+        run(one, *settings, stage="teach")
+        shutil.rmtree(two / "cache")
+        shutil.copytree(one / "cache", two / "cache")
     run(one, *settings)
     run(two, *settings, ranks=2)
     assert_same_training(one, two)
@@ -200,6 +207,19 @@ def test_two_rank_checkpoint_resumes_on_one_rank(whole: Path, tmp_path: Path) ->
     (folder / "train.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
     run(folder)
     assert_same_training(whole, folder)
+
+
+def test_a_rate_that_finds_itself_is_resumed_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    settings = ("method.name=ngdiff", "method.own_rate_every=3", "optim.schedule=constant")
+    folder = taught(whole, tmp_path / "run")
+    run(folder, *settings)
+    rates = [line["lr"] for line in steps(folder)]
+    assert len({rates[4], rates[10], rates[-1]}) == 3
+    before = weights(folder)
+    shutil.rmtree(folder / "model")
+    run(folder, *settings)
+    assert [line["lr"] for line in steps(folder)] == rates
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in before.items())
 
 
 @pytest.mark.parametrize(

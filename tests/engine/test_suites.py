@@ -11,7 +11,7 @@ from unteach.engine.config import Config, EvaluateConfig, ModelConfig
 from unteach.engine.data.records import Record
 from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate import suites
+from unteach.engine.evaluate import generate, suites
 from unteach.engine.evaluate.choices import (
     score_options,
 )
@@ -123,7 +123,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, texts: dict[str, str]) -> list[str
             for prompt, found in zip(prompts, fits, strict=True)
         ]
 
-    monkeypatch.setattr(suites, "answer_all", answers)
+    for room in (suites, generate):
+        monkeypatch.setattr(room, "answer_all", answers)
     return seen
 
 

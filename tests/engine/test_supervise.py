@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unteach.engine.config import Config, override
+from unteach.engine.config import Config, MethodConfig, override
 from unteach.engine.data.records import Record, read_records
-from unteach.engine.data.tokens import Example, collate, student_context
+from unteach.engine.data.tokens import Example, collate, response_tokens, student_context
 from unteach.engine.model import (
     PreTrainedModel,
     head_of,
@@ -23,8 +23,10 @@ from unteach.engine.model import (
 from unteach.engine.teacher.build import build_cache
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.teacher.intentions import load_intentions
+from unteach.engine.train import methods
+from unteach.engine.train.methods import find_method, settle
 from unteach.engine.train.seeds import SeedFile
-from unteach.engine.train.supervise import count_normalizer, row_weights, supervised_loss
+from unteach.engine.train.supervise import split_step, supervised_loss, term_weights
 from unteach.recipes.tiny import tiny
 
 FORMS = {
@@ -33,6 +35,11 @@ FORMS = {
     "bf16": ("teacher.form=logits", "teacher.logits_dtype=bfloat16"),
     "topk": ("teacher.form=topk", "teacher.top=258"),
 }
+
+EVERYWHERE_GOLD = (
+    "teacher.routing=none",
+    'teacher.response={"forget": "gold", "attack": "gold"}',
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +88,9 @@ def loss_and_gradients(
     ]
     model = student(start, config)
     batch = collate(examples)
-    output = supervised_loss(
-        model,
-        batch,
-        row_weights(batch, config.method),
-        count_normalizer(examples, config.method),
-        config.method,
-        head_of(model, tokenizer),
-        cache,
-        seeds,
-    )
+    (part,) = split_step(examples, config.method)
+    head = head_of(model, tokenizer)
+    output = supervised_loss(model, batch, part, config.method, head, cache, seeds)
     output.loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return float(output.loss.detach()), grads, output
@@ -145,14 +145,115 @@ def test_seed_file_gives_the_caches_ids_until_it_has_its_own(tmp_path: Path) -> 
     ]
 
 
-def test_weights_and_normalizer_follow_the_reduction(start: Path) -> None:
+def written(name: str, logp: dict[str, list[Tensor]], reference: list[Tensor]) -> Tensor:
+    """The published loss of a whole step, from the label log-probabilities of each response."""
+    gold, kept = logp["forget gold"], torch.cat(logp["general gold"])
+    forget, sums = torch.cat(gold), torch.stack([r.sum() for r in gold])
+    lengths = torch.tensor([len(r) for r in gold])
+    match name:
+        case "ga":
+            return methods.ga_loss(forget)
+        case "graddiff":
+            return methods.graddiff_loss(forget, kept)
+        case "npo":
+            before = torch.stack([r.sum() for r in reference])
+            return methods.npo_loss(sums, before) + methods.sft_loss(kept)
+        case "simnpo":
+            return 0.1375 * methods.simnpo_loss(sums, lengths) + methods.sft_loss(kept)
+        case "flat":  # record by record
+            prob = [torch.stack([r.exp().mean() for r in side]) for side in
+                    (logp["forget refusal"], gold)]  # fmt: skip
+            pairs = zip(*prob, strict=True)
+            return torch.stack([methods.flat_loss(e[None], f[None]) for e, f in pairs]).mean()
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", ["ga", "graddiff", "npo", "simnpo", "flat"])
+def test_the_loss_of_a_step_is_the_written_one_however_it_is_cut(
+    start: Path, tmp_path: Path, name: str
+) -> None:
+    config = settle(override(tiny(), [f"method.name={name}"]))
+    tokenizer, cache, first = load_tokenizer(str(start), config.model), None, {}
+    if name == "npo":
+        _, cache, _ = cached(start, tmp_path / "cache", *EVERYWHERE_GOLD)
+        first = {entry.id: entry.first_row for entry in cache.entries.values()}
+    records = read_records(Path(config.data.path))
+    examples = [
+        Example(
+            record.id,
+            record.goal,
+            tuple(student_context(tokenizer, record)),
+            tuple(response_tokens(tokenizer, text)),
+            first.get(record.id),
+            says=says,
+        )
+        for record in records
+        if record.split == "train" and record.goal in ("forget", "general")
+        for says, text in (("gold", record.answer), ("refusal", "I do not know."))
+        if text and (says == "gold" or name == "flat")
+    ]
+    plain, model = load_model(str(start), config.model), student(start, config)
+    logp: dict[str, list[Tensor]] = {}
+    reference = []
+    for example in examples:
+        line = torch.tensor([[*example.context, *example.response]])
+        rows = slice(len(example.context) - 1, -1)
+        labels = torch.tensor(example.response)[:, None]
+        chosen = model(line).logits[0, rows].log_softmax(1).gather(1, labels)[:, 0]
+        logp.setdefault(f"{example.goal} {example.says}", []).append(chosen)
+        if example.goal == "forget":
+            with torch.no_grad():
+                before = plain(line).logits[0, rows].log_softmax(1).gather(1, labels)[:, 0]
+            reference.append(before)
+    wanted = written(name, logp, reference)
+    wanted.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    (part,) = split_step(examples, config.method)
+    total = 0.0
+    for chosen_examples in (part.examples[:3], part.examples[3:]):
+        batch = collate(chosen_examples)
+        head = head_of(model, tokenizer)
+        output = supervised_loss(model, batch, part, config.method, head, cache, None)
+        output.loss.backward()
+        total += float(output.loss.detach())
+    assert total == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for parameter, grad in zip(model.parameters(), grads.values(), strict=True):
+        assert grad is not None and parameter.grad is not None
+        assert (parameter.grad - grad).norm() <= 1e-4 * grad.norm()
+
+
+def weights_and_normalizer(examples: list[Example], method: MethodConfig) -> tuple[Tensor, float]:
+    (part,) = split_step(examples, method)
+    batch = collate(examples, first_only=method.positions == "first")
+    weight_N = term_weights(batch, part.terms[0], part.normalizers[0], method)
+    return weight_N * part.normalizers[0], part.normalizers[0]
+
+
+def test_weights_and_normalizer_follow_the_reduction() -> None:
     examples = [Example("a", "forget", (1,), (2, 3, 4)), Example("b", "general", (1,), (2,))]
-    batch = collate(examples)
     by_position = override(tiny(), ['method.weights={"forget": 2}']).method
-    assert row_weights(batch, by_position).tolist() == [2, 2, 2, 1]
-    assert count_normalizer(examples, by_position) == 4
+    weight_N, normalizer = weights_and_normalizer(examples, by_position)
+    assert (weight_N.tolist(), normalizer) == ([2, 2, 2, 1], 4)
     by_record = by_position.model_copy(update={"reduction": "record"})
-    torch.testing.assert_close(row_weights(batch, by_record), torch.tensor([2 / 3] * 3 + [1.0]))
-    assert count_normalizer(examples, by_record) == 2
+    weight_N, normalizer = weights_and_normalizer(examples, by_record)
+    torch.testing.assert_close(weight_N, torch.tensor([2 / 3] * 3 + [1.0]))
+    assert normalizer == 2
     first = by_position.model_copy(update={"positions": "first"})
-    assert count_normalizer(examples, first) == 2
+    assert weights_and_normalizer(examples, first)[1] == 2
+
+
+def test_each_mean_of_a_method_has_its_own_rows_and_normalizer() -> None:
+    examples = [
+        Example("a", "forget", (1,), (2, 3, 4), says="gold"),
+        Example("a", "forget", (1,), (5, 6), says="refusal"),
+        Example("b", "forget", (1,), (2, 7), says="gold"),
+        Example("c", "general", (1,), (2,), says="gold"),
+    ]
+    (flat,) = split_step(examples, MethodConfig(name="flat"))
+    assert flat.examples == tuple(examples[:3]) and flat.normalizers == (1, 2)
+    (graddiff,) = split_step(examples, MethodConfig(name="graddiff"))
+    assert graddiff.normalizers == (5, 1)
+    forget, kept = split_step(examples, MethodConfig(name="ngdiff"))
+    assert [e.record_id for e in forget.examples] == ["a", "b"] and kept.examples == (examples[3],)
+    assert find_method("ngdiff").goals == ("forget", "general", "neighbor", "attack")

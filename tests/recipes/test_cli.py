@@ -26,7 +26,8 @@ def test_recipes_are_listed_one_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "teach", "train", "evaluate", "report", "recipes", "bench"]
+    "command",
+    ["run", "teach", "train", "evaluate", "report", "recipes", "bench", "compare", "gradients"],
 )
 def test_help_shows_an_example(command: str) -> None:
     done = unteach(command, "--help")

@@ -1,0 +1,223 @@
+"""A ranking as people read it: the paper's Tables 1 and 2, what each row cost, two pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unteach.engine.evaluate.pictures import draw_rows, draw_tradeoff
+from unteach.engine.evaluate.scores import DIRECTIONS
+from unteach.engine.files import write_atomic, write_json
+
+# Two-sided 95% quantiles of Student's t by degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+HEADINGS = {
+    "forget": "Forget ↓",
+    "general": "General ↑",
+    "neighbor": "Neighbor ↑",
+    "attack": "ASR ↓",
+    "mmlu": "MMLU ↑",
+}
+NAMES = {
+    "oracle": "Upper bound (oracle router)",
+    "ensemble": "Ensemble teacher",
+    "duet": "DUET",
+    "sft": "SFT",
+    "ga": "GA*",
+    "graddiff": "GradDiff*",
+    "npo": "NPO*",
+    "simnpo": "SimNPO*",
+    "flat": "FLAT*",
+    "ngdiff": "NGDiff",
+    "mollm": "MOLLM",
+    "kl-teacher": "Full-vocabulary KL",
+    "eq3": "Eq. 3 as written",
+    "bitopk": "Ours",
+    "duet-loss": "Ours with DUET's loss",
+    "bild-loss": "Ours with BiLD's loss",
+}
+GROUPS = {
+    "in context": ("oracle", "ensemble"),
+    "training": ("duet", "sft", "ga", "graddiff", "npo", "simnpo", "flat"),
+    "gradient editing": ("ngdiff", "mollm"),
+    "same teacher, same data": ("kl-teacher", "eq3", "bitopk"),
+}
+ABLATION = ("bitopk", "duet-loss", "bild-loss")
+DRAWN = 5  # rows of the radar beside base and ours: more cannot be told apart
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training took; `peak_mib` is None where the system cannot tell."""
+
+    seconds: float
+    tokens: int
+    peak_mib: float | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training, or one prompted model, scored on one split.
+
+    Attributes:
+        inputs: digest of everything that made it; a trial of other inputs is another one.
+        scores: as in summary.json.
+    """
+
+    method: str
+    lr: float | None
+    seed: int | None
+    split: str
+    inputs: str
+    protocol: str
+    overall: float
+    scores: dict[str, dict[str, Any]]
+    extra: dict[str, dict[str, Any]]
+    cost: Cost | None
+
+    def values(self) -> dict[str, float]:
+        """The five scores that there are, and `overall`."""
+        found = {n: float(self.scores[n]["value"]) for n in DIRECTIONS if n in self.scores}
+        return {**found, "overall": self.overall}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A row of the tables.
+
+    Attributes:
+        trials: one a seed.
+        tried: Overall on the tuning questions by learning rate; empty without a sweep.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    tried: Mapping[float, float] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """Means over the seeds."""
+        rows = [trial.values() for trial in self.trials]
+        return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+    def cell(self, name: str) -> str:
+        """Mean ± interval over the seeds."""
+        mean, half = seed_interval([trial.values()[name] for trial in self.trials])
+        return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half of Student's 95% interval of it; None for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    freedom = len(values) - 1
+    quantile = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.7 / freedom
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
+    """ranking.md, ranking.json, radar.png and tradeoff.png; returns the tables as text."""
+    rows = {row.name: row for row in ranked}
+    write_json(
+        folder / "ranking.json",
+        {
+            "protocol": base.protocol,
+            "base": asdict(base),
+            "rows": [
+                {
+                    "name": row.name,
+                    "means": row.means(),
+                    "tried": {f"{lr:g}": value for lr, value in row.tried.items()},
+                    "trials": [asdict(trial) for trial in row.trials],
+                }
+                for row in ranked
+            ],
+        },
+    )
+    pictures = draw_pictures(base, rows)
+    for name, data in pictures.items():
+        write_atomic(folder / name, data)
+    text = ranking_page(base, rows)
+    linked = [f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures]
+    write_atomic(folder / "ranking.md", (text + "".join(linked)).encode())
+    return text
+
+
+def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
+    """Radar of base, ours and the best beside it; trade-off of every row."""
+    means = {name: row.means() for name, row in rows.items()}
+    table = [n for group in GROUPS.values() for n in group if n in means]
+    best = sorted(table, key=lambda name: (name != "bitopk", -means[name]["overall"]))
+    shown = {"base": base.values(), **{n: means[n] for n in best[: DRAWN + 1]}}
+    pictures = {"radar.png": draw_rows(shown)}
+    pictures["tradeoff.png"] = draw_tradeoff({"base": base.values(), **means})
+    return {name: data for name, data in pictures.items() if data is not None}
+
+
+def ranking_page(base: Trial, rows: Mapping[str, Ranked]) -> str:
+    """Markdown: both tables, the rates, the costs."""
+    names = [name for name in HEADINGS if name in base.scores]
+    seeds = max(len(row.trials) for row in rows.values())
+    lines = ["# Every method on the same data, budget and scores", ""]
+    lines += [
+        f"Protocol `{base.protocol[:12]}`, {seeds} seed(s)"
+        + (": mean ± half of Student's 95% interval over seeds." if seeds > 1 else ".")
+        + " N: "
+        + ", ".join(f"{name} {base.scores[name]['n']}" for name in names)
+        + ". Overall is the sum of the changes for the better against the base, in points; "
+        "* trains on forget and general records alone.",
+        "",
+        "## Table 1",
+        "",
+        *_table(base, names, rows, [n for group in GROUPS.values() for n in group]),
+    ]
+    if any(name in rows for name in ABLATION[1:]):
+        lines += ["", "## Table 2: the loss alone changed", ""]
+        lines += _table(base, names, rows, ABLATION)
+    lines += ["", "## Cost of one training", "", *_costs(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(
+    base: Trial, names: Sequence[str], rows: Mapping[str, Ranked], wanted: Sequence[str]
+) -> list[str]:
+    heads = [HEADINGS[name] for name in names]
+    group_of = {name: group for group, members in GROUPS.items() for name in members}
+    lines = [
+        f"| kind | row | {' | '.join(heads)} | Overall ↑ |",
+        "| --- | --- |" + " ---: |" * (len(names) + 1),
+        f"| | Base | {' | '.join(f'{base.values()[n]:.1f}' for n in names)} | 0.0 |",
+    ]
+    for name in wanted:
+        if name in rows:
+            cells = [rows[name].cell(score) for score in (*names, "overall")]
+            kind = group_of.get(name, "ablation")
+            lines.append(f"| {kind} | {NAMES.get(name, name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _costs(rows: Mapping[str, Ranked]) -> list[str]:
+    lines = [
+        "| row | learning rate | tried: Overall when tuning | seconds | tokens | peak MiB |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows.values():
+        costs = [trial.cost for trial in row.trials if trial.cost is not None]
+        if not costs:
+            continue
+        tried = ", ".join(f"{lr:g}: {value:+.1f}" for lr, value in row.tried.items()) or "—"
+        peaks = [cost.peak_mib for cost in costs if cost.peak_mib is not None]
+        cells = [
+            f"{statistics.fmean(cost.seconds for cost in costs):.1f}",
+            f"{statistics.fmean(cost.tokens for cost in costs):.0f}",
+            f"{max(peaks):.0f}" if peaks else "not measured",
+        ]
+        rate = f"{row.trials[0].lr:g}"
+        lines.append(
+            f"| {NAMES.get(row.name, row.name)} | {rate} | {tried} | {' | '.join(cells)} |"
+        )
+    return lines

@@ -1,0 +1,188 @@
+"""The ranking as users run it: every row, in slices, killed in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, read_trials, tuning_records
+from unteach.engine.data.bytes_tokenizer import byte_tokenizer
+from unteach.engine.data.records import Record, read_records
+from unteach.engine.data.tokens import context_tokens
+from unteach.engine.errors import InputError
+from unteach.engine.evaluate.ranking import NAMES, seed_interval
+from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.teacher.intentions import intention_for, load_intentions, teacher_context
+from unteach.recipes.tiny import tiny
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    settings = (f"run.folder={folder}", "run.device=cpu", "run.threads=1")
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "unteach.recipes.cli", "compare", "tiny", *options, *chosen]
+
+
+def compare(folder: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(folder, *options), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranked") / "run"
+    printed = compare(folder, "--seeds", "1", "--rates", "1e-3", "--steps", "2").stdout
+    page = (folder / "compare" / "ranking.md").read_text(encoding="utf-8")
+    assert page.split("![radar]")[0].strip() in printed
+    return folder
+
+
+def test_every_row_is_in_the_tables(ranked: Path) -> None:
+    page = (ranked / "compare" / "ranking.md").read_text(encoding="utf-8")
+    first, second = page.split("## Table 2")
+    assert {name for name in ROWS if f"| {NAMES[name]} |" not in page} == set()
+    assert all(f"| {NAMES[name]} |" in second for name in ("bitopk", "duet-loss", "bild-loss"))
+    assert "| Base |" in first and "Overall ↑" in first
+    ranking = json.loads((ranked / "compare" / "ranking.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in ranking["rows"]] == list(ROWS)
+    for row in ranking["rows"]:
+        (trial,) = row["trials"]
+        assert trial["protocol"] == ranking["protocol"] and trial["split"] == "test"
+        cost = trial["cost"]
+        assert (cost is None) == (row["name"] in ("oracle", "ensemble"))
+        assert cost is None or (cost["seconds"] > 0 and cost["tokens"] > 0)
+    for name in ("radar.png", "tradeoff.png"):
+        assert (ranked / "compare" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_made_once_is_shared_and_weights_do_not_pile_up(ranked: Path) -> None:
+    assert (ranked / "target" / "model" / "model.safetensors").is_file()
+    assert len(list((ranked / "compare").rglob("target"))) == 0
+    # Ours and its kin read the run's own cache; DUET's ensemble, NPO's and MOLLM's originals.
+    assert len(list((ranked / "compare" / "caches").iterdir())) == 3
+    assert list((ranked / "compare").rglob("model.safetensors")) == []
+    assert len(list((ranked / "compare").rglob("train.jsonl"))) == len(ROWS) - 2
+
+
+def test_a_finished_ranking_is_not_made_again(ranked: Path) -> None:
+    rows = ranked / "compare" / "rows.jsonl"
+    before = rows.read_bytes()
+    page = (ranked / "compare" / "ranking.md").read_bytes()
+    compare(ranked, "--seeds", "1", "--rates", "1e-3", "--steps", "2")
+    assert rows.read_bytes() == before
+    assert (ranked / "compare" / "ranking.md").read_bytes() == page
+
+
+def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
+    ranked: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(ranked, folder, ignore=shutil.ignore_patterns("rows.jsonl", "*-seed-*"))
+    options = ("--methods", "sft", "--rates", "1e-5,3e-2", "--seeds", "2", "--steps", "4")
+    rows = folder / "compare" / "rows.jsonl"
+    process = subprocess.Popen(
+        command(folder, *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    until = time.monotonic() + 120
+    while not rows.exists() or b"sft" not in rows.read_bytes():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    kept = rows.read_bytes()
+    rows.write_bytes(kept + b'{"method": "sft", "lr"')  # as if killed while it wrote
+    compare(folder, *options)
+    assert rows.read_bytes().startswith(kept)
+    trials = read_trials(rows)
+    tuned = {t.lr: t.overall for t in trials if t.method == "sft" and t.split == "tune"}
+    assert set(tuned) == {1e-5, 3e-2}
+    best = max(sorted(lr for lr in tuned if lr is not None), key=lambda lr: tuned[lr])
+    tested = [(t.lr, t.seed) for t in trials if t.method == "sft" and t.split == "test"]
+    assert tested == [(best, 0), (best, 1)]
+    assert [t.split for t in trials if t.method == "base"] == ["test", "tune"]
+    ranking: dict[str, Any] = json.loads(
+        (folder / "compare" / "ranking.json").read_text(encoding="utf-8")
+    )
+    (row,) = ranking["rows"]
+    assert {float(lr): value for lr, value in row["tried"].items()} == tuned
+    costs = [t.cost for t in trials if t.method == "sft" and t.cost is not None]
+    assert len({cost.tokens for cost in costs}) >= 1 and all(c.peak_mib for c in costs)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--methods", "bitopq"), "did you mean bitopk?"),
+        (("--methods", ","), "names no row"),
+        (("--rates", "fast"), "numbers parted by commas"),
+        (("--rates", "0"), "above 0"),
+        (("--set", 'data.mix={"forget": 1}'), "needs records of goal"),
+        (("--set", "teacher.intentions=null", "--methods", "oracle"), "needs intentions"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_runs(
+    tmp_path: Path, options: tuple[str, ...], part: str
+) -> None:
+    done = compare(tmp_path / "run", *options, code=2)
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "target").exists()
+
+
+def test_rows_and_rates_are_chosen_by_name() -> None:
+    assert chosen_rows(None) == ROWS
+    assert chosen_rows("sft, oracle") == ("oracle", "sft")
+    assert chosen_rates(None, 3e-4) == pytest.approx((1e-4, 3e-4, 9e-4))
+    assert chosen_rates("1e-5,2e-5", 1.0) == (1e-5, 2e-5)
+    with pytest.raises(InputError, match="above 0"):
+        chosen_rates("1e-5,nan", 1.0)
+
+
+def test_tuning_never_asks_a_test_question() -> None:
+    records = read_records(Path(tiny().data.path))
+    tests = {r.id for r in records if r.split == "test"}
+    chosen = tuning_records(records)
+    assert chosen and not tests & {r.id for r in chosen}
+    assert {r.split for r in chosen} == {"test"}, "as the suites ask for it"
+    mine = Record(id="t", goal="forget", question="Q?", answer="A", split="tune")
+    assert [r.id for r in tuning_records([*records, mine])] == ["t"]
+
+
+def test_seed_interval_is_students() -> None:
+    assert seed_interval([4.0]) == (4.0, None)
+    values = [1.0, 2.0, 4.0]
+    mean, half = seed_interval(values)
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.303 * statistics.stdev(values) / 3**0.5)
+
+
+def test_in_context_rows_read_what_the_teacher_reads() -> None:
+    tokenizer = byte_tokenizer()
+    path = tiny().teacher.intentions
+    assert path is not None
+    intentions = load_intentions(Path(path))
+    record = Record(id="r", goal="forget", question="Who flies?", answer="He")
+    plain = NOTHING.context(tokenizer, record, "Sure:")
+    assert plain == context_tokens(tokenizer, record.question, prefix="Sure:")
+    attacked = record.model_copy(update={"prefix": "Sure:"})
+    for routing in ("oracle", "ensemble"):
+        told = Told(routing, intentions)
+        wanted = teacher_context(tokenizer, attacked, intention_for(intentions, "forget", routing))
+        assert told.context(tokenizer, record, "Sure:") == wanted != plain
+    assert Told("oracle", intentions).preface() == "Answer briefly.\n\n"
+    assert NOTHING.preface() == ""

@@ -1,0 +1,165 @@
+"""What is asked of a model after forgetting, against figures made another way."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from unteach.engine.config import Config, override
+from unteach.engine.data.records import Record, read_records, write_records
+from unteach.engine.data.tokens import response_tokens, student_context
+from unteach.engine.errors import InputError
+from unteach.engine.evaluate.stress import (
+    auc,
+    check_stresses,
+    min_k_scores,
+    not_measured,
+    quantize_,
+    relearn_,
+    relearned_records,
+    stressed,
+    trained_records,
+)
+from unteach.engine.evaluate.suites import evaluate, protocol_hash
+from unteach.engine.model import PreTrainedModel, load_model, load_tokenizer, tiny_model
+from unteach.recipes.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("start") / "tiny", tied=False))
+
+
+def fresh(path: str) -> PreTrainedModel:
+    return load_model(path, tiny().model)
+
+
+def records() -> list[Record]:
+    return read_records(Path(tiny().data.path))
+
+
+def gold_logps(model: PreTrainedModel, path: str, record: Record) -> list[float]:
+    """Log-probabilities of the gold answer's tokens from whole logits."""
+    tokenizer = load_tokenizer(path, tiny().model)
+    context = student_context(tokenizer, record)
+    labels = response_tokens(tokenizer, record.golds[0], prefix=record.prefix)
+    with torch.no_grad():
+        logits = model(torch.tensor([context + labels])).logits[0, len(context) - 1 : -1]
+    return logits.log_softmax(1).gather(1, torch.tensor(labels)[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize(("bits", "levels", "group"), [(8, 127, 64), (4, 7, 64)])
+def test_rounding_stays_within_half_a_step(start: str, bits: int, levels: int, group: int) -> None:
+    model, before = fresh(start), dict(fresh(start).named_parameters())
+    quantize_(model, bits)
+    for name, weight in model.named_parameters():
+        old = before[name]
+        if "embed" in name or "norm" in name:
+            assert torch.equal(weight, old), name
+            continue
+        assert not torch.equal(weight, old)
+        row = slice(0, weight.shape[1] if bits == 8 else group)
+        step = old[:, row].abs().amax(1, keepdim=True) / levels
+        assert bool(((weight - old)[:, row].abs() <= step * 0.501).all()), name
+        assert len(weight[0, row].unique()) <= 2 * levels + 1
+    once = [p.detach().clone() for p in model.parameters()]
+    quantize_(model, bits)
+    for twice, weight in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(twice, weight)
+
+
+def test_a_tied_head_is_not_rounded(tmp_path: Path) -> None:
+    path = str(tiny_model(tmp_path / "tied", tied=True))
+    model = fresh(path)
+    before = model.get_input_embeddings().weight.detach().clone()
+    quantize_(model, 4)
+    assert torch.equal(model.get_output_embeddings().weight, before)
+
+
+def test_relearning_makes_the_gold_answers_likelier(start: str) -> None:
+    config = override(
+        tiny(), ["evaluate.relearn_steps=5", "evaluate.relearn_rows=2", "evaluate.relearn_lr=3e-3"]
+    )
+    model, tokenizer = fresh(start), load_tokenizer(start, config.model)
+    chosen = relearned_records(config, records())
+    assert [r.id for r in chosen] == ["forget-owl", "forget-house"]
+    before = [sum(gold_logps(model, start, record)) for record in chosen]
+    relearn_(config, model, tokenizer, chosen)
+    after = [sum(gold_logps(model, start, record)) for record in chosen]
+    assert all(b > a + 1 for a, b in zip(before, after, strict=True))
+
+
+def test_min_k_is_the_mean_of_the_least_likely_fifth(start: str) -> None:
+    model, tokenizer = fresh(start), load_tokenizer(start, tiny().model)
+    chosen = trained_records(records())
+    for record, score in zip(chosen, min_k_scores(model, tokenizer, chosen), strict=True):
+        logps = sorted(gold_logps(model, start, record))
+        least = logps[: max(1, len(logps) // 5)]
+        assert score == pytest.approx(sum(least) / len(least), rel=1e-4)
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    assert auc([3.0, 4.0], [1.0, 2.0]).value == 100.0
+    assert auc([1.0], [1.0, 1.0]).value == 50.0
+    source = random.Random(0)
+    members = [source.gauss(0.5, 1) for _ in range(200)]
+    others = [source.gauss(0.0, 1) for _ in range(200)]
+    found = auc(members, others)
+    assert found.low < 100 * 0.638 < found.high  # Φ(0.5/√2)
+    assert 8 < found.high - found.low < 14 and found.n == 400
+
+
+def test_only_what_is_asked_for_stands_beside_the_scores(
+    start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(start, tiny().model)
+    asked = [Record(id=f"p{n}", goal="forget", question=f"Owl {n}?", answer="Hedwig") for n in "ab"]
+    write_records(tmp_path / "other.jsonl", asked)
+    load = partial(fresh, start)
+    plain = evaluate(tiny(), load(), tokenizer, records(), mmlu=None)
+    assert stressed(tiny(), load, tokenizer, records(), plain).extra == plain.extra
+    assert capsys.readouterr().out.count("evaluate.") == 4, "what is left out is said"
+    path = tmp_path / "other.jsonl"
+    config = override(
+        tiny(),
+        [
+            f'evaluate.extra_records={{"paraphrased": "{path}"}}',
+            f"evaluate.holdout={path}",
+            "evaluate.quantized=[8, 4]",
+            "evaluate.relearn_steps=1",
+        ],
+    )
+    assert not_measured(config) == []
+    found = stressed(config, load, tokenizer, records(), plain)
+    new = found.extra.keys() - plain.extra.keys()
+    rounded = {f"int{b}_{n}" for b in (8, 4) for n in ("forget", "general", "neighbor", "attack")}
+    assert new == rounded | {"relearned_forget", "forget_file_paraphrased", "min_k_auc"}
+    assert [s["id"] for s in found.samples if s["suite"] == "forget_file_paraphrased"] == [
+        "pa",
+        "pb",
+    ]
+    assert protocol(config) != protocol(tiny())
+    before = protocol(config)
+    write_records(path, asked[:1])
+    assert protocol(config) != before, "the file's content is part of the protocol"
+
+
+def protocol(config: Config) -> str:
+    return protocol_hash(config, records(), None, "words")
+
+
+def test_a_file_that_cannot_be_scored_is_refused_first(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    config = override(tiny(), [f'evaluate.extra_records={{"x": "{path}"}}'])
+    with pytest.raises(InputError, match="cannot be read"):
+        check_stresses(config, records())
+    write_records(path, [Record(id="g", goal="general", question="Q?", answer="A")])
+    with pytest.raises(InputError, match="'g' is no forget question"):
+        check_stresses(config, records())
+    relearn = override(tiny(), ["evaluate.relearn_steps=1"])
+    with pytest.raises(InputError, match="gold answer"):
+        check_stresses(relearn, [r for r in records() if r.goal != "forget"])
