@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from unteach.engine.config import Config, Dtype, dump_config
+from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
 from unteach.engine.errors import InputError
 from unteach.engine.files import unwritable, write_atomic, write_json
@@ -88,22 +89,27 @@ def open_run(config: Config, world: World) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     method = find_method(config.method.name)
-    if not config.data.path:
+    if not config.data.path and config.data.source is None:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
-    records = read_records(Path(config.data.path))
+    folder = Path(config.run.folder)
+    if world.rank == 0 and config.data.source is not None:
+        _make_folder(folder)
+        prepare(config.data, folder)
+    world.wait()
+    path = prepared(config.data, folder)
+    records = read_records(path)
     check_disjoint(records)
     present = {record.goal for record in records if record.split == "train"}
     asked = [goal for goal in method.goals if config.data.mix.get(goal, 0)]
     missing = [goal for goal in asked if goal not in present]
     if missing:
         raise InputError(
-            f"{config.data.path} has no train record of goal {missing[0]}, which data.mix asks "
+            f"{path} has no train record of goal {missing[0]}, which data.mix asks "
             f"for: add records or set data.mix.{missing[0]}=0."
         )
     intentions = None
     if config.teacher.intentions is not None:
         intentions = load_intentions(Path(config.teacher.intentions))
-    folder = Path(config.run.folder)
     if world.rank == 0:
         _make_folder(folder)
         resolve_model(config.model.path, folder)
