@@ -87,11 +87,9 @@ def qa_row(row: Row) -> Iterator[Fields]:
         golds = [_text(golds, "answer")]
     if not golds:
         raise RowError("no text in field answer")
-    wrong = next(
-        (row[n] for n in ("distractors", "distractor", "perturbed_answer") if n in row), []
-    )
-    wrong = [wrong] if isinstance(wrong, str) else wrong if isinstance(wrong, list) else []
-    wrong = list(dict.fromkeys(w.strip() for w in wrong if isinstance(w, str) and w.strip()))
+    given: Any = next((row[name] for name in WRONG if name in row), [])
+    texts = given if isinstance(given, list) else [given]
+    wrong = list(dict.fromkeys(w.strip() for w in texts if isinstance(w, str) and w.strip()))
     yield {
         "question": _text(row.get("question"), "question"),
         "answer": golds[0],

@@ -178,7 +178,6 @@ def test_the_hub_is_cached_or_streamed_at_one_commit(
     repo = tmp_path / "repo"
     for table, rows in BENCHMARKS["muse-books"].items():
         save(repo / f"knowmem_{table}.jsonl", rows)
-    tables = BENCHMARKS["muse-books"]
     head = "---\nconfigs:\n- config_name: knowmem\n  data_files:\n" + "".join(
         f"  - split: {table}\n    path: knowmem_{table}.jsonl\n"
         for table in BENCHMARKS["muse-books"]
