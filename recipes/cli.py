@@ -144,6 +144,35 @@ def report(
         report_stage(work)
 
 
+@app.command()
+def standardize(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Turn raw text into records: questions, neighbours, anchors, attacks.
+
+    Example: unteach standardize muse-books --set standardize.forget=books/
+    --set standardize.topic="Harry Potter" --set writer.kind=endpoint --set writer.model=NAME
+    """
+    resolved = resolve(recipe, config, settings)
+    from unteach.engine.data.standardize_stage import standardize as run_stage
+
+    with stopping():
+        run_stage(resolved)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Ctrl-C ends a command with one sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("Stopped; the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+
+
 @contextmanager
 def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
     """Resolve the config, join the other processes, open the run folder."""
@@ -151,12 +180,8 @@ def opened(recipe: str | None, path: Path | None, settings: list[str] | None) ->
     from unteach.engine.run import open_run
     from unteach.engine.train.parallel import joined
 
-    try:
-        with joined(config.run.device, config.parallel.replicate) as world:
-            yield open_run(config, world)
-    except KeyboardInterrupt:
-        typer.echo("Stopped; the same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
+    with stopping(), joined(config.run.device, config.parallel.replicate) as world:
+        yield open_run(config, world)
 
 
 def resolve(recipe: str | None, path: Path | None, settings: list[str] | None) -> Config:

@@ -44,6 +44,18 @@ def without_duplicates(records: Iterable[Record], rejects: Rejects) -> Iterator[
         yield record
 
 
+def one_split(records: Iterable[Record], rejects: Rejects) -> Iterator[Record]:
+    """No question in two splits: the first split that asks it keeps it, whatever the prefix."""
+    splits: dict[bytes, Split] = {}
+    for record in records:
+        if record.form == "qa":
+            key = hashlib.sha256(normalized(record.question).encode()).digest()[:12]
+            if splits.setdefault(key, record.split) != record.split:
+                rejects.add("question of another split", record.question)
+                continue
+        yield record
+
+
 def split_records(
     records: Sequence[Record], fixed: dict[str, Split], share: float, rejects: Rejects
 ) -> list[Record]:
@@ -139,16 +151,7 @@ def attack_records(records: Sequence[Record], stay: Collection[str] = ()) -> lis
         if not plain or (record.split == "test" and record.id in stay):
             kept.append(record)
             continue
-        attack = record.model_copy(
-            update={
-                "id": f"{record.id}-attack",
-                "goal": "attack",
-                "prefix": next(test if record.split == "test" else train),
-                "options": None,
-                "correct": None,
-                "refusals": [],
-            }
-        )
+        attack = attack_of(record, next(test if record.split == "test" else train))
         if record.split == "train":
             kept.append(record)
             made.append(attack)
@@ -156,6 +159,20 @@ def attack_records(records: Sequence[Record], stay: Collection[str] = ()) -> lis
         turn += 1
         (made if turn % 2 == 0 else kept).append(attack if turn % 2 == 0 else record)
     return [*kept, *made]
+
+
+def attack_of(record: Record, prefix: str) -> Record:
+    """The attack row of a forget question."""
+    return record.model_copy(
+        update={
+            "id": f"{record.id}-attack",
+            "goal": "attack",
+            "prefix": prefix,
+            "options": None,
+            "correct": None,
+            "refusals": [],
+        }
+    )
 
 
 def near_duplicates(

@@ -9,10 +9,20 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 MAX_REPLY = 200_000
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
+
+
+def _plain(text: str) -> str:
+    """One line that UTF-8 can hold: JSON can spell lone surrogates."""
+    plain = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    if not plain:
+        raise ValueError("must not be empty")
+    return plain
+
+
+Text = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_plain)]
 
 
 class Shape(BaseModel):

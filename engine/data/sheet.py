@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from unteach.engine.data.domain_gap import Gap, draw_gap
 from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.rejects import Rejects
@@ -36,13 +34,15 @@ def write_sheet(
         notes: sentences about where the records come from.
     """
     counts: Counter[tuple[str, str, str, str]] = Counter()
-    lengths: dict[str, list[tuple[int, int]]] = {goal: [] for goal in GOALS}
+    lengths = {goal: (Counter[int](), Counter[int]()) for goal in GOALS}
     examples: dict[str, list[Record]] = {goal: [] for goal in GOALS}
     anchors: Counter[str] = Counter()
     for record in records:
         counts[record.goal, record.split, record.source or "-", record.form] += 1
-        size = (len(record.question.split()), len((record.answer or "").split()))
-        lengths[record.goal].append(size)
+        for counter, text in zip(
+            lengths[record.goal], (record.question, record.answer or ""), strict=True
+        ):
+            counter[len(text.split())] += 1
         anchors[record.goal] += record.anchor_of is not None
         if len(examples[record.goal]) < EXAMPLES:
             examples[record.goal].append(record)
@@ -56,7 +56,7 @@ def write_sheet(
     lines += ["", "## Lengths, words", ""]
     lines += _table(
         ("goal", "question: median", "90%", "longest", "answer: median", "90%", "longest"),
-        [(goal, *_spread(sizes)) for goal, sizes in lengths.items() if sizes],
+        [(goal, *_spread(q), *_spread(a)) for goal, (q, a) in lengths.items() if q],
     )
     lines += ["", f"Anchors: {', '.join(f'{g} {n}' for g, n in anchors.items() if n) or 'none'}."]
     lines += ["", "## Overlaps", "", *_overlaps(near)]
@@ -71,11 +71,15 @@ def write_sheet(
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-def _spread(sizes: list[tuple[int, int]]) -> tuple[int, ...]:
-    spread: list[int] = []
-    for column in np.asarray(sizes).T:
-        spread += [int(np.percentile(column, share)) for share in (50, 90, 100)]
-    return tuple(spread)
+def _spread(lengths: Counter[int]) -> tuple[int, int, int]:
+    """The median, the ninth decile and the largest of counted lengths."""
+    total, seen = sum(lengths.values()), 0
+    marks: list[int] = []
+    for length, number in sorted(lengths.items()):
+        seen += number
+        while len(marks) < 2 and seen >= (0.5, 0.9)[len(marks)] * total:
+            marks.append(length)
+    return marks[0], marks[1], max(lengths)
 
 
 def _overlaps(near: Sequence[Overlap]) -> list[str]:

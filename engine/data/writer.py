@@ -68,6 +68,7 @@ class Writer:
         self.spent: Counter[str] = Counter()
         self._answer = answer
         self._lock = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(1024)]
 
     def ask(self, chat: Chat) -> str:
         """The reply to a chat, from disk where it is there.
@@ -76,6 +77,11 @@ class Writer:
             BudgetSpent: it is not there, and the budget has no call or token left.
         """
         path = self._path(chat)
+        # Two threads that ask the same wait for one reply.
+        with self._turns[int(path.stem[:8], 16) % len(self._turns)]:
+            return self._kept_or_asked(chat, path)
+
+    def _kept_or_asked(self, chat: Chat, path: Path) -> str:
         if (kept := _read_kept(path)) is not None:
             with self._lock:
                 self.spent["kept"] += 1

@@ -24,7 +24,9 @@ def test_recipes_are_listed_one_a_line() -> None:
     assert [line.split()[0] for line in lines] == list(RECIPES)
 
 
-@pytest.mark.parametrize("command", ["run", "teach", "train", "evaluate", "report", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["run", "teach", "train", "evaluate", "report", "recipes", "standardize"]
+)
 def test_help_shows_an_example(command: str) -> None:
     done = unteach(command, "--help")
     assert done.returncode == 0
