@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from unteach.engine.data.prefix_search import written
+from unteach.engine.data.prompt_files import load_prompts
 from unteach.engine.data.records import GOALS, Record
+from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import Example, student_context
+from unteach.engine.data.writer import open_writer
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.card import write_model_card
+from unteach.engine.evaluate.prefix_attack import attack_with_search
 from unteach.engine.evaluate.report import (
     Role,
     cached_evaluation,
@@ -229,6 +234,34 @@ def evaluate_stage(run: Run) -> None:
                 )
             write_evaluation(run.folder, result, role, protocol, weights)
         print_table(write_summary(run.folder))
+    run.world.wait()
+
+
+def prefix_stage(run: Run, target: str, *, rounds: int, children: int, per_question: bool) -> None:
+    """Search adversarial prefixes against the base or the trained model, and attack with them.
+
+    Raises:
+        InputError: there is no such target, or it is not trained yet.
+    """
+    paths = {"base": run.base, "model": str(run.folder / "model")}
+    if target not in paths or not (Path(paths[target]) / "config.json").is_file():
+        raise InputError(f"There is no target {target} here: `unteach train` makes base and model.")
+    if run.world.rank == 0:
+        config = run.config
+        writer = open_writer(config.writer, run.folder)
+        prompts = load_prompts(config.standardize.prompts)
+        attack_with_search(
+            run.load(paths[target], "float32"),
+            run.tokenizer,
+            run.records,
+            config.evaluate,
+            run.folder / "prefixes" / target,
+            rounds=rounds,
+            children=children,
+            per_question=per_question,
+            seed=config.run.seed,
+            proposer=None if writer is None else written(writer, prompts, Rejects()),
+        )
     run.world.wait()
 
 

@@ -163,6 +163,31 @@ def standardize(
         run_stage(resolved)
 
 
+@app.command()
+def prefixes(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    target: Annotated[
+        str, typer.Option("--target", help="`base`, or `model` for the trained one")
+    ] = "base",
+    rounds: Annotated[int, typer.Option("--rounds", min=0, help="rounds of the search")] = 10,
+    children: Annotated[int, typer.Option("--children", min=1, help="proposals a round")] = 16,
+    per_question: Annotated[
+        bool, typer.Option("--per-question", help="one prefix for each held-out question")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Search for the openings that make a model leak, and attack held-out questions with them.
+
+    Example: unteach prefixes quickstart --target model --rounds 10
+    """
+    with opened(recipe, config, settings) as work:
+        from unteach.engine.stages import prefix_stage
+
+        prefix_stage(work, target, rounds=rounds, children=children, per_question=per_question)
+
+
 @contextmanager
 def stopping() -> Iterator[None]:
     """Ctrl-C ends a command with one sentence and exit code 130."""

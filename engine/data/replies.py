@@ -15,8 +15,8 @@ MAX_REPLY = 200_000
 
 
 def _plain(text: str) -> str:
-    """One line that UTF-8 can hold: JSON can spell lone surrogates."""
-    plain = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    """One line; control characters count as spaces."""
+    plain = " ".join(text.split())
     if not plain:
         raise ValueError("must not be empty")
     return plain

@@ -88,12 +88,14 @@ class Writer:
             return kept
         self._take_call()
         reply = self._answer(chat)
+        # JSON can spell lone surrogates, which nothing can send on or write.
+        text = reply.text.encode("utf-8", "replace").decode("utf-8")
         with self._lock:
             self.spent["tokens"] += reply.tokens
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": self.settings.model, "chat": chat, "reply": reply.text}
-        write_atomic(path, json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
-        return reply.text
+        content = {"model": self.settings.model, "chat": chat, "reply": text}
+        write_atomic(path, json.dumps(content, ensure_ascii=False).encode())
+        return text
 
     def fill(self, chat: Chat, shape: type[S], rejects: Rejects) -> S | None:
         """A reply of the asked shape, after one attempt at repair; None where that fails too."""

@@ -229,10 +229,15 @@ def test_every_right_reply_is_read_back(pairs: list[tuple[str, str]], noise: str
     assert cleaned is bool(noise)
 
 
-def test_text_that_utf8_cannot_hold_is_made_whole() -> None:
-    value, _ = parse_reply('{"pairs": [{"question": "a\\ud800b", "answer": "c\\n d"}]}', Pairs)
-    assert value.pairs[0].question.encode("utf-8") == b"a?b"
-    assert value.pairs[0].answer == "c d"
+def test_text_that_utf8_cannot_hold_is_no_reply(tmp_path: Path) -> None:
+    rejects = Rejects()
+    with serving(
+        lambda *_: '{"pairs": [{"question": "a\\ud800b", "answer": "c\ud800"}]}'
+    ) as server:
+        assert open_at(server.url, tmp_path).fill(CHAT, Pairs, rejects) is None
+    assert rejects.counts == {"reply that is no JSON of the shape": 1}
+    value, _ = parse_reply('{"pairs": [{"question": "a\\t b", "answer": "c\\n d"}]}', Pairs)
+    assert value.pairs[0].question == "a b" and value.pairs[0].answer == "c d"
 
 
 def test_a_damaged_kept_reply_is_asked_again(tmp_path: Path) -> None:
