@@ -20,8 +20,11 @@ from typing import Any
 import torch
 
 from unteach.engine.config import Config, Dtype, dump_config
+from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
+from unteach.engine.data.rejects import Rejects
+from unteach.engine.data.sheet import write_sheet
 from unteach.engine.errors import InputError
 from unteach.engine.files import unwritable, write_atomic, write_json
 from unteach.engine.model import (
@@ -112,6 +115,10 @@ def open_run(config: Config, world: World) -> Run:
         intentions = load_intentions(Path(config.teacher.intentions))
     if world.rank == 0:
         _make_folder(folder)
+        if config.data.source is None:
+            near = near_duplicates(records)
+            sheet = folder / "records.md"
+            write_sheet(sheet, records, rejects=Rejects(), name=path.name, near=near)
         resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)

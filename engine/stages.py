@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unteach.engine.data.prefix_search import written
+from unteach.engine.data.prefix_search import answer_logps, written
 from unteach.engine.data.prompt_files import load_prompts
 from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.rejects import Rejects
@@ -25,7 +25,7 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
 from unteach.engine.files import write_json
-from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
+from unteach.engine.model import PreTrainedModel, model_fingerprint, tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
@@ -91,7 +91,9 @@ def training_records(run: Run) -> list[Record]:
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
     if run.world.rank == 0 and not stamp_matches(run.folder, "known", inputs, path):
         model = run.load(run.base, "float32")
-        write_json(path, sorted(known(run.config, model, run.tokenizer, candidates)))
+        answered = known(run.config, model, run.tokenizer, candidates)
+        _write_knowledge(run, model, candidates, answered)
+        write_json(path, sorted(answered))
         leave_stamp(run.folder, "known", inputs)
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
@@ -102,6 +104,27 @@ def training_records(run: Run) -> list[Record]:
         f"questions to train on; {len(dropped)} dropped"
     )
     return [r for r in records if r.id not in dropped]
+
+
+def _write_knowledge(
+    run: Run, model: PreTrainedModel, candidates: list[Record], answered: set[str]
+) -> None:
+    """What the base says of each forget question: answered or not, and how likely gold is to it."""
+    asked = [r.model_copy(update={"prefix": None}) for r in candidates if r.golds]
+    logps = answer_logps(model, run.tokenizer, asked, batch_size=run.config.evaluate.batch_size)
+    rows = {
+        record.id: {"answered": record.id in answered, "logp": round(logp, 4)}
+        for record, logp in zip(asked, logps, strict=True)
+    }
+    write_json(run.folder / "known_scores.json", rows)
+    for side, name in ((True, "answers"), (False, "does not answer")):
+        values = sorted(row["logp"] for row in rows.values() if row["answered"] is side)
+        if values:
+            middle = values[len(values) // 2]
+            say(
+                f"known: gold answers that the base {name}: {len(values)}, median log-probability "
+                f"{middle:.2f} nats a token"
+            )
 
 
 def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:

@@ -22,7 +22,7 @@ from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.replies import Prefixes
 from unteach.engine.data.tokens import answer_text, context_tokens
 from unteach.engine.data.writer import Writer
-from unteach.engine.inference import batch_hidden
+from unteach.engine.inference import batch_hidden, share_prefix
 from unteach.engine.model import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -81,12 +81,14 @@ def answer_logps(
         for r, p in zip(records, chosen, strict=True)
     ]
     head = head_of(model, tokenizer)
+    shared = share_prefix(model, contexts)
+    start = shared.length if shared else 0
     order = sorted(range(len(records)), key=lambda i: len(contexts[i]) + len(answers[i]))
     found: dict[int, float] = {}
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        hidden = batch_hidden(model, [contexts[i] + answers[i][:-1] for i in batch])
-        rows = [h[len(contexts[i]) - 1 :] for i, h in zip(batch, hidden, strict=True)]
+        hidden = batch_hidden(model, [contexts[i] + answers[i][:-1] for i in batch], shared)
+        rows = [h[len(contexts[i]) - 1 - start :] for i, h in zip(batch, hidden, strict=True)]
         labels = [label for i in batch for label in answers[i]]
         logp_N = linear_logprob(
             torch.cat(rows),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from unteach.engine.data.domain_gap import Gap, draw_gap
 from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.files import write_atomic
+
+if TYPE_CHECKING:
+    from unteach.engine.data.domain_gap import Gap
 
 Overlap = tuple[str, str, float]
 EXAMPLES = 2
@@ -22,6 +25,7 @@ def write_sheet(
     records: Iterable[Record],
     *,
     rejects: Rejects,
+    name: str = "records.jsonl",
     near: Sequence[Overlap] = (),
     notes: Sequence[str] = (),
     gap: Gap | None = None,
@@ -30,6 +34,7 @@ def write_sheet(
 
     Args:
         records: read once, in one pass; they may come from a stream.
+        name: of the file that holds them.
         near: pairs of a test and a train question that are nearly the same.
         notes: sentences about where the records come from.
     """
@@ -47,7 +52,7 @@ def write_sheet(
         if len(examples[record.goal]) < EXAMPLES:
             examples[record.goal].append(record)
     total = sum(counts.values())
-    lines = ["# Records", "", f"{total} records in `{path.with_suffix('.jsonl').name}`.", ""]
+    lines = ["# Records", "", f"{total} records in `{name}`.", ""]
     lines += [f"- {note}" for note in notes] + [""] * bool(notes)
     lines += _table(
         ("goal", "split", "source", "form", "records"),
@@ -63,6 +68,8 @@ def write_sheet(
     lines += ["", "## Left out", "", *_left_out(rejects)]
     if gap is not None:
         lines += ["", "## Domain gap", "", *_gap_lines(gap)]
+        from unteach.engine.data.domain_gap import draw_gap  # brings a drawing library along
+
         write_atomic(path.with_name("domain_gap.png"), draw_gap(gap))
     lines += ["", "## Examples"]
     for goal, chosen in examples.items():
