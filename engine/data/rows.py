@@ -150,11 +150,12 @@ def _parquet(path: Path, rejects: Rejects, require: Sequence[str]) -> Iterator[R
     import pyarrow.parquet
 
     try:
-        meta = pyarrow.parquet.ParquetFile(path).metadata
+        file = pyarrow.parquet.ParquetFile(path)
+        meta = file.metadata
         groups = [meta.row_group(index).total_byte_size for index in range(meta.num_row_groups)]
         if max(groups, default=0) > MAX_ROW_GROUP:
             raise InputError(f"{path} unpacks to over 2 GiB in one row group: split it.")
-        _check_columns(path, meta.schema.names, require)
+        _check_columns(path, file.schema_arrow.names, require)
         table = datasets.load_dataset(
             "parquet", data_files=[str(path)], split="train", streaming=True
         )

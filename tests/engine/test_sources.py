@@ -200,6 +200,19 @@ def test_the_hub_is_cached_or_streamed_at_one_commit(
     assert found.revision == "abc123"
 
 
+def test_a_copy_of_the_hubs_own_folders_loads(tmp_path: Path) -> None:
+    """As `git clone` gives it: a folder a config, Parquet shards, other configs beside it."""
+    for config, count in (("all", 12), ("world_religions", 4)):
+        for split in ("test", "dev"):
+            path = tmp_path / config / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(exist_ok=True)
+            table = datasets.Dataset.from_list(mcq(f"{config} {split}", count, subject="x"))
+            table.to_parquet(str(path))
+    for subset, count in ((None, 12), ("world_religions", 4)):
+        found = collect(SourceSettings(source="mmlu", path=str(tmp_path), subset=subset))
+        assert counts(found.records) == {"general/test": count, "general/train": count}
+
+
 def test_an_unreachable_hub_says_which_file_to_put_where(tmp_path: Path) -> None:
     code = (
         "from unteach.engine.data.settings import SourceSettings as S\n"

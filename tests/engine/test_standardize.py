@@ -293,15 +293,28 @@ def test_pdf_text_is_read_and_damage_is_one_sentence(tmp_path: Path) -> None:
         list(read_passages(path, 50, Rejects()))
 
 
+def test_a_pdf_bomb_is_counted_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pdf"
+    packed = zlib.compress(b" " * 2**27, 9)
+    path.write_bytes(pdf_of(packed, b"/Filter /FlateDecode "))
+    rejects = Rejects()
+    with pytest.raises(InputError, match="gives no passage"):
+        list(read_passages(path, 50, rejects))
+    assert rejects.counts == {"PDF page that cannot be read": 1}
+
+
 def pdf_with(text: str) -> bytes:
     """The smallest PDF that shows a line."""
-    stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
+    return pdf_of(f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode())
+
+
+def pdf_of(stream: bytes, filters: bytes = b"") -> bytes:
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
         b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 200] /Contents 4 0 R "
         b"/Resources << /Font << /F1 5 0 R >> >> >>",
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< %s/Length %d >>\nstream\n%s\nendstream" % (filters, len(stream), stream),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
     out, offsets = b"%PDF-1.4\n", []
