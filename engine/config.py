@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from unteach.engine.data.records import GOALS, Goal
+from unteach.engine.data.settings import SourceSettings, StandardizeConfig, WriterConfig
 from unteach.engine.errors import InputError
+from unteach.engine.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal[
@@ -36,10 +38,6 @@ RESPONSES: dict[Goal, Response] = {
 }
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
 class ModelConfig(Section):
     path: str = Field(
         "embedded",
@@ -52,8 +50,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
 
 
-class DataConfig(Section):
-    path: str = Field("", description="QA records, one JSON object a line")
+class DataConfig(SourceSettings):
     mmlu: str | None = Field(None, description="MMLU rows, JSON lines; None = not scored")
     mix: dict[Goal, int] = Field(
         dict.fromkeys(GOALS, 3),
@@ -235,6 +232,8 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     run: RunConfig = RunConfig()
+    writer: WriterConfig = WriterConfig()
+    standardize: StandardizeConfig = StandardizeConfig()
 
 
 def load_config(path: Path) -> Config:

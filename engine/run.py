@@ -20,7 +20,11 @@ from typing import Any
 import torch
 
 from unteach.engine.config import Config, Dtype, dump_config
+from unteach.engine.data.assemble import near_duplicates
+from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
+from unteach.engine.data.rejects import Rejects
+from unteach.engine.data.sheet import write_sheet
 from unteach.engine.errors import InputError
 from unteach.engine.files import unwritable, write_atomic, write_json
 from unteach.engine.model import (
@@ -109,17 +113,26 @@ def open_run(config: Config, world: World) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     find_method(config.method.name)
-    if not config.data.path:
+    if not config.data.path and config.data.source is None:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
-    records = read_records(Path(config.data.path))
+    folder = Path(config.run.folder)
+    if world.rank == 0 and config.data.source is not None:
+        _make_folder(folder)
+        prepare(config.data, folder)
+    world.wait()
+    path = prepared(config.data, folder)
+    records = read_records(path)
     check_disjoint(records)
     check_method(config, records)
     intentions = None
     if config.teacher.intentions is not None:
         intentions = load_intentions(Path(config.teacher.intentions))
-    folder = Path(config.run.folder)
     if world.rank == 0:
         _make_folder(folder)
+        if config.data.source is None:
+            near = near_duplicates(records)
+            sheet = folder / "records.md"
+            write_sheet(sheet, records, rejects=Rejects(), name=path.name, near=near)
         resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)

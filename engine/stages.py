@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from unteach.engine.config import Response
+from unteach.engine.data.prefix_search import answer_logps, written
+from unteach.engine.data.prompt_files import load_prompts
 from unteach.engine.data.records import Record
+from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import (
     Example,
@@ -16,9 +19,11 @@ from unteach.engine.data.tokens import (
     response_tokens,
     student_context,
 )
+from unteach.engine.data.writer import open_writer
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.card import write_model_card
 from unteach.engine.evaluate.harness import harness_scores
+from unteach.engine.evaluate.prefix_attack import attack_with_search
 from unteach.engine.evaluate.report import (
     Role,
     cached_evaluation,
@@ -30,7 +35,7 @@ from unteach.engine.evaluate.report import (
 from unteach.engine.evaluate.stress import check_stresses, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
 from unteach.engine.files import write_json
-from unteach.engine.model import model_fingerprint, tokenizer_fingerprint
+from unteach.engine.model import PreTrainedModel, model_fingerprint, tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
@@ -98,7 +103,9 @@ def training_records(run: Run) -> list[Record]:
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
     if run.world.rank == 0 and not stamp_matches(run.root, "known", inputs, path):
         model = run.load(run.base, "float32")
-        write_json(path, sorted(known(run.config, model, run.tokenizer, candidates)))
+        answered = known(run.config, model, run.tokenizer, candidates)
+        _write_knowledge(run, model, candidates, answered)
+        write_json(path, sorted(answered))
         leave_stamp(run.root, "known", inputs)
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
@@ -109,6 +116,27 @@ def training_records(run: Run) -> list[Record]:
         f"questions to train on; {len(dropped)} dropped"
     )
     return [r for r in records if r.id not in dropped]
+
+
+def _write_knowledge(
+    run: Run, model: PreTrainedModel, candidates: list[Record], answered: set[str]
+) -> None:
+    """What the base says of each forget question: answered or not, and how likely gold is to it."""
+    asked = [r.model_copy(update={"prefix": None}) for r in candidates if r.golds]
+    logps = answer_logps(model, run.tokenizer, asked, batch_size=run.config.evaluate.batch_size)
+    rows = {
+        record.id: {"answered": record.id in answered, "logp": round(logp, 4)}
+        for record, logp in zip(asked, logps, strict=True)
+    }
+    write_json(run.root / "known_scores.json", rows)
+    for side, name in ((True, "answers"), (False, "does not answer")):
+        values = sorted(row["logp"] for row in rows.values() if row["answered"] is side)
+        if values:
+            middle = values[len(values) // 2]
+            say(
+                f"known: gold answers that the base {name}: {len(values)}, median log-probability "
+                f"{middle:.2f} nats a token"
+            )
 
 
 def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
@@ -273,6 +301,34 @@ def evaluate_stage(run: Run) -> None:
                 result = stressed(config, load, run.tokenizer, run.records, result)
             write_evaluation(run.folder, result, role, protocol, weights)
         print_table(write_summary(run.folder))
+    run.world.wait()
+
+
+def prefix_stage(run: Run, target: str, *, rounds: int, children: int, per_question: bool) -> None:
+    """Search adversarial prefixes against the base or the trained model, and attack with them.
+
+    Raises:
+        InputError: there is no such target, or it is not trained yet.
+    """
+    paths = {"base": run.base, "model": str(run.folder / "model")}
+    if target not in paths or not (Path(paths[target]) / "config.json").is_file():
+        raise InputError(f"There is no target {target} here: `unteach train` makes base and model.")
+    if run.world.rank == 0:
+        config = run.config
+        writer = open_writer(config.writer, run.folder)
+        prompts = load_prompts(config.standardize.prompts)
+        attack_with_search(
+            run.load(paths[target], "float32"),
+            run.tokenizer,
+            run.records,
+            config.evaluate,
+            run.folder / "prefixes" / target,
+            rounds=rounds,
+            children=children,
+            per_question=per_question,
+            seed=config.run.seed,
+            proposer=None if writer is None else written(writer, prompts, Rejects()),
+        )
     run.world.wait()
 
 

@@ -8,10 +8,18 @@ from collections.abc import Callable
 
 from unteach.engine.config import Config
 from unteach.engine.errors import InputError
+from unteach.recipes.benchmarks import muse_books, rwku, tofu, wmdp_cyber
 from unteach.recipes.quickstart import quickstart
 from unteach.recipes.tiny import tiny
 
-RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "tiny": tiny}
+RECIPES: dict[str, Callable[[], Config]] = {
+    "quickstart": quickstart,
+    "tiny": tiny,
+    "muse-books": muse_books,
+    "wmdp-cyber": wmdp_cyber,
+    "rwku": rwku,
+    "tofu": tofu,
+}
 
 
 def find_recipe(name: str) -> Config:

@@ -236,6 +236,60 @@ def gradients(
         measure_gradients(work)
 
 
+@app.command()
+def standardize(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Turn raw text into records: questions, neighbours, anchors, attacks.
+
+    Example: unteach standardize muse-books --set standardize.forget=books/
+    --set standardize.topic="Harry Potter" --set writer.kind=endpoint --set writer.model=NAME
+    """
+    resolved = resolve(recipe, config, settings)
+    from unteach.engine.data.standardize_stage import standardize as run_stage
+
+    with stopping():
+        run_stage(resolved)
+
+
+@app.command()
+def prefixes(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    target: Annotated[
+        str, typer.Option("--target", help="`base`, or `model` for the trained one")
+    ] = "base",
+    rounds: Annotated[int, typer.Option("--rounds", min=0, help="rounds of the search")] = 10,
+    children: Annotated[int, typer.Option("--children", min=1, help="proposals a round")] = 16,
+    per_question: Annotated[
+        bool, typer.Option("--per-question", help="one prefix for each held-out question")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Search for the openings that make a model leak, and attack held-out questions with them.
+
+    Example: unteach prefixes quickstart --target model --rounds 10
+    """
+    with opened(recipe, config, settings) as work:
+        from unteach.engine.stages import prefix_stage
+
+        prefix_stage(work, target, rounds=rounds, children=children, per_question=per_question)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Ctrl-C ends a command with one sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("Stopped; the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+
+
 @contextmanager
 def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
     """Resolve the config, join the other processes, open the run folder."""
@@ -243,12 +297,8 @@ def opened(recipe: str | None, path: Path | None, settings: list[str] | None) ->
     from unteach.engine.run import open_run
     from unteach.engine.train.parallel import joined
 
-    try:
-        with joined(config.run.device, config.parallel.replicate) as world:
-            yield open_run(config, world)
-    except KeyboardInterrupt:
-        typer.echo("Stopped; the same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
+    with stopping(), joined(config.run.device, config.parallel.replicate) as world:
+        yield open_run(config, world)
 
 
 def resolve(recipe: str | None, path: Path | None, settings: list[str] | None) -> Config:

@@ -27,7 +27,19 @@ def test_recipes_are_listed_one_a_line() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "teach", "train", "evaluate", "report", "recipes", "bench", "compare", "gradients"],
+    [
+        "run",
+        "teach",
+        "train",
+        "evaluate",
+        "report",
+        "recipes",
+        "bench",
+        "compare",
+        "gradients",
+        "standardize",
+        "prefixes",
+    ],
 )
 def test_help_shows_an_example(command: str) -> None:
     done = unteach(command, "--help")

@@ -1,0 +1,84 @@
+"""The data stage: a named source becomes `data/records.jsonl` in the run folder, once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unteach.engine.data.records import counts, write_records
+from unteach.engine.data.rejects import Rejects
+from unteach.engine.data.rows import SUFFIXES, files_under
+from unteach.engine.data.settings import SourceSettings
+from unteach.engine.data.sheet import write_sheet
+from unteach.engine.data.sources import collect
+from unteach.engine.errors import InputError
+from unteach.engine.files import renamed_into_place, sha256_of, write_json
+from unteach.engine.progress import say
+
+
+def prepared(settings: SourceSettings, folder: Path) -> Path:
+    """Where the records of a run lie: `data.path`, or what `prepare` makes of `data.source`."""
+    return Path(settings.path) if settings.source is None else folder / "data" / "records.jsonl"
+
+
+def prepare(settings: SourceSettings, folder: Path) -> None:
+    """Make records, their sheet and the list of what was left out; skip what is made already.
+
+    The commit of a hub data set is written down with them, and a second run keeps to it.
+
+    Raises:
+        InputError: the source cannot be read, or other settings made what is there.
+    """
+    if settings.source is None:
+        return
+    output = folder / "data"
+    inputs = _inputs(settings)
+    if (output / "source.json").is_file():
+        before = json.loads((output / "source.json").read_text(encoding="utf-8"))["inputs"]
+        changed = sorted(k for k in {**before, **inputs} if before.get(k) != inputs.get(k))
+        if changed:
+            raise InputError(
+                f"{output} was made with another {', '.join(changed)}: choose another run.folder, "
+                f"or remove {output} to make it again."
+            )
+        say("data: done before, skipped")
+        return
+    with renamed_into_place(output) as partial:
+        rejects = Rejects(partial / "rejected.jsonl")
+        collected = collect(settings, rejects=rejects)
+        rejects.close()
+        write_records(partial / "records.jsonl", collected.records)
+        notes = [f"Source: {settings.source}, {_origin(settings, collected.revision)}."]
+        write_sheet(
+            partial / "records.md",
+            collected.records,
+            rejects=rejects,
+            near=collected.near,
+            notes=notes,
+        )
+        write_json(partial / "source.json", {"inputs": inputs, "revision": collected.revision})
+    say(f"data: {', '.join(f'{key} {n}' for key, n in counts(collected.records).items())}")
+    say(
+        f"data: left out: {rejects}; {len(collected.near)} test questions nearly equal a training "
+        f"question; see {output / 'records.md'}"
+    )
+
+
+def _inputs(settings: SourceSettings) -> dict[str, Any]:
+    """Everything the records are made of, as JSON; local files by their content."""
+    names = ("source", "subset", "revision", "limit", "columns", "test_share")
+    chosen = {name: getattr(settings, name) for name in names}
+    path = Path(settings.path)
+    files = [path] if path.is_file() else []
+    if settings.path and path.is_dir():
+        files = files_under(path, SUFFIXES, Rejects())
+    content = {file.name: sha256_of(file) for file in files} or settings.path
+    beside = {Path(name).name: sha256_of(Path(name)) for name in settings.beside}
+    return {**chosen, "path": content, "beside": beside}
+
+
+def _origin(settings: SourceSettings, revision: str | None) -> str:
+    if settings.path and Path(settings.path).exists():
+        return f"read from {Path(settings.path).name} on this machine"
+    return f"from the hub at commit {revision or 'of the local cache'}"
