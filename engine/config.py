@@ -163,8 +163,16 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     replicate: int = Field(1, ge=1, description="replicas of the sharded model (HSDP)")
     dtype: Dtype = Field("float32", description="compute dtype of the training forward")
-    checkpointing: Literal["off", "full"] | Annotated[int, Field(ge=1)] = Field(
-        "off", description="activation checkpointing: off, full, or every n-th block"
+    checkpointing: Literal["off", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
+        "off",
+        description="activation checkpointing: off, full, every n-th block, or selective (keep "
+        "attention and every second matrix product, recompute the rest)",
+    )
+    compile: bool = Field(False, description="torch.compile each block")
+    cpu_offload: bool = Field(
+        False,
+        description="keep parameters, gradients and optimiser state in host memory; under torchrun "
+        "on CUDA",
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from unteach.engine.attention import check_attention
 from unteach.engine.config import Config, Dtype, dump_config
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
 from unteach.engine.errors import InputError
@@ -34,7 +35,7 @@ from unteach.engine.model import (
 from unteach.engine.progress import say
 from unteach.engine.teacher.intentions import Intentions, load_intentions
 from unteach.engine.train.methods import find_method
-from unteach.engine.train.parallel import World
+from unteach.engine.train.parallel import World, check_parallel
 
 
 @dataclass
@@ -88,6 +89,8 @@ def open_run(config: Config, world: World) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     method = find_method(config.method.name)
+    attention = check_attention(config.model.attention, world.device)
+    check_parallel(config.parallel, world)
     if not config.data.path:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
     records = read_records(Path(config.data.path))
@@ -109,6 +112,7 @@ def open_run(config: Config, world: World) -> Run:
         resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)
+    say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
     return Run(config, world, folder, records, intentions, origin)
 

@@ -116,10 +116,9 @@ def resume(
     return int(note["step"])
 
 
-def full_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter whole on the CPU of rank 0; to be called on all ranks."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+def model_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter by its name in the model's files, as it lies on this rank."""
+    state = get_model_state_dict(model)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

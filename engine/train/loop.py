@@ -19,13 +19,15 @@ from unteach.engine.model import (
     Head,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    empty_model,
     export_model,
     head_of,
     load_model,
+    weight_files,
 )
-from unteach.engine.progress import progress
+from unteach.engine.progress import progress, say
 from unteach.engine.teacher.cache import TeacherCache
-from unteach.engine.train.checkpoint import full_state, resume, save_checkpoint
+from unteach.engine.train.checkpoint import model_state, resume, save_checkpoint
 from unteach.engine.train.log import StepLog, StepSums
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
@@ -33,6 +35,7 @@ from unteach.engine.train.parallel import (
     LOSS_METHOD,
     World,
     compute_dtype,
+    load_shards,
     shard_model,
     sync_gradients,
     whole,
@@ -132,23 +135,34 @@ def train(job: Job, world: World) -> Path:
             if stopping:
                 raise KeyboardInterrupt
 
-    state = full_state(model)
-    if world.rank == 0:
-        export_model(model, job.tokenizer, state, job.folder / "model")
+    export_model(model, job.tokenizer, model_state(model), job.folder / "model", rank=world.rank)
     world.wait()
     return job.folder / "model"
 
 
 def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[str]]:
-    """Load, choose what trains, checkpoint activations, shard: in this order."""
+    """Choose what trains, checkpoint activations, compile, shard, load: in this order."""
     find_method(job.config.method.name)
-    model = load_model(job.base, job.config.model, device=world.device)
+    model, files = base_model(job, world)
     trainable = choose_trainable(model, job.config.optim)
     head = head_of(model, job.tokenizer)
     setattr(model, LOSS_METHOD, types.MethodType(supervised_loss, model))
     shard_model(model, job.config.parallel, world)
+    if files:
+        load_shards(model, files, job.config.parallel, world)
     model.train()
     return model, head, trainable
+
+
+def base_model(job: Job, world: World) -> tuple[PreTrainedModel, dict[str, Path]]:
+    """The whole model, or under FSDP2 an empty one and the files that its shards come from."""
+    config = job.config.model
+    if world.mesh is not None:
+        model, files = empty_model(job.base, config), weight_files(job.base, config)
+        if {name for name, _ in model.named_parameters()} <= files.keys():
+            return model, files
+        say("model: its files name tensors otherwise than the model, so every rank loads it whole")
+    return load_model(job.base, config, device=world.device), {}
 
 
 def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
@@ -169,10 +183,11 @@ def prepare_contexts(
     """Take out of every step what need not be computed in it: shared prompts, frozen blocks.
 
     Both call blocks more than once a step, or not at all: neither FSDP2's hooks nor recomputation
-    expect that, so they serve a single process without activation checkpointing.
+    nor compiled blocks expect that, so they serve a single process that uses none of them.
     """
     config = job.config
-    if world.mesh is not None or config.parallel.checkpointing != "off":
+    plain = config.parallel.checkpointing == "off" and not config.parallel.compile
+    if world.mesh is not None or not plain:
         return job.streams, None
     streams = share_contexts(job.streams)
     depth = frozen_depth(model) if config.optim.reuse_frozen else 0

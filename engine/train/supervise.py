@@ -13,6 +13,7 @@ from unteach.engine.data.tokens import Batch, Example
 from unteach.engine.model import Head, PreTrainedModel, head_bias, head_weight, hidden_states
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.methods import MethodOutput, Rows, find_method
+from unteach.engine.train.parallel import enter_head
 from unteach.engine.train.seeds import SeedFile
 
 
@@ -55,6 +56,7 @@ def supervised_loss(
     device = model.device
     hidden_BTD = hidden_states(model, batch.tokens_BT.to(device), batch.prefix_P.to(device))
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N.to(device)]
+    hidden_ND = enter_head(model, hidden_ND)
     weight_VD, bias_V = head_weight(model), head_bias(model)
     teacher = seeds_NS = None
     if cache is not None and batch.cache_row_N is not None:

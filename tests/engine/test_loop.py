@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 SETTINGS = ("run.device=cpu", "run.threads=1")
+HSDP = "parallel.replicate=2"
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_cpu.jsonl"
 
 
@@ -126,14 +127,12 @@ def test_losses_are_the_golden_ones(whole: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        (),
         ("model.path=tiny-tied",),
         # One record a step: the second rank has nothing to supervise.
         ('data.mix={"forget": 1}',),
         ("method.name=sft", "method.reduction=record"),
-        ("parallel.checkpointing=full",),
     ],
-    ids=["untied", "tied", "idle-rank", "sft", "checkpointing"],
+    ids=["tied", "idle-rank", "sft"],
 )
 def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     if "model.path=tiny-tied" in settings:
@@ -147,6 +146,19 @@ def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str
     run(one, *settings)
     run(two, *settings, ranks=2)
     assert_same_training(one, two)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("parallel.checkpointing=full",), ("parallel.checkpointing=selective", HSDP)],
+    ids=["plain", "recomputing", "hsdp"],
+)
+def test_no_way_to_spread_the_work_changes_it(
+    whole: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    folder = taught(whole, tmp_path / "run")
+    run(folder, *settings, ranks=2)
+    assert_same_training(whole, folder)
 
 
 def test_accumulation_is_one_batch(whole: Path, tmp_path: Path) -> None:
