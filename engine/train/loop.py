@@ -28,7 +28,7 @@ from unteach.engine.model import (
 from unteach.engine.progress import progress, say
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.checkpoint import model_state, resume, save_checkpoint
-from unteach.engine.train.log import StepLog, StepSums
+from unteach.engine.train.log import FiniteGuard, StepLog, StepSums
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
 from unteach.engine.train.parallel import (
@@ -79,7 +79,7 @@ def train(job: Job, world: World) -> Path:
     optimizer = adamw(model, optim)
     checkpoints = job.folder / "checkpoints"
     start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
-    log = StepLog(job.folder / "train.jsonl", start, world)
+    log, guard = StepLog(job.folder / "train.jsonl", start, world), FiniteGuard(optimizer, world)
     seeds = open_seeds(job, head, world)
     streams, trunk = prepare_contexts(job, model, world)
 
@@ -112,16 +112,18 @@ def train(job: Job, world: World) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             norm = whole(clip_gradients(model, optim))
-            sums.stop_unless_finite(step, norm)
+            guard.judge(step, sums, norm)
             optimizer.step()
             optimizer.zero_grad()
 
             done, note = step + 1, ""
             if done % config.run.log_every == 0 or done == optim.steps:
+                guard.settle()
                 note = f"loss {log.write(done, sums, lr, norm):.4f}"
             advance(1, note)
             stopping = stop_asked()
             if stopping or checkpoint_due(config, done):
+                guard.settle()
                 save_checkpoint(
                     checkpoints,
                     done,
@@ -203,7 +205,7 @@ def checkpoint_due(config: Config, done: int) -> bool:
 @contextmanager
 def stop_requests(world: World) -> Iterator[Any]:
     """Turn SIGINT and SIGTERM into a question that all ranks answer alike, asked once a step."""
-    asked = torch.zeros((), dtype=torch.int32, device=world.device)
+    asked = torch.zeros((), dtype=torch.int32)  # on the CPU: no question to the device
 
     def remember(number: int, frame: object) -> None:
         nonlocal asked

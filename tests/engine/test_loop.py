@@ -268,6 +268,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(whole: Path, tmp_
     assert [line["step"] for line in steps(folder)] == [1]
 
 
+def test_a_bad_step_between_two_logs_reaches_neither_weights_nor_checkpoints(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Two ranks: the optimiser leaves it out on the device, the host learns of it three later."""
+    folder = taught(whole, tmp_path / "run")
+    settings = ("optim.warmup_steps=0", "optim.clip_norm=null", "run.log_every=4")
+    error = run(
+        folder, "optim.lr=1e38", *settings, "run.checkpoint_every=3", ranks=2, code=1
+    ).stderr
+    assert "Step 2: the loss is not finite, because of records" in error
+    assert not list((folder / "checkpoints").glob("step-*")) and not steps(folder)
+
+
+def test_logging_seldom_changes_no_bit(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    run(folder, "run.log_every=24")
+    assert [line["step"] for line in steps(folder)] == [24]
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
