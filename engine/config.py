@@ -47,7 +47,11 @@ class ModelConfig(Section):
         "made on the spot), a Hugging Face folder, a hub id, or a .gguf file",
     )
     revision: str | None = Field(None, description="git revision of a hub id")
-    dtype: Dtype = Field("float32", description="dtype of the weights in memory")
+    dtype: Dtype = Field(
+        "float32",
+        description="dtype of the weights in memory; trained bfloat16 weights are "
+        "rounded stochastically",
+    )
     attention: Attention = Field("sdpa", description="attention implementation")
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
 
@@ -146,6 +150,9 @@ class OptimConfig(Section):
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    state: Literal["float32", "bfloat16", "8bit"] = Field(
+        "float32", description="dtype of AdamW's moments; 8bit needs torchao"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
     clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm")
     accumulation: int = Field(1, ge=1, description="micro-batches in one optimiser step")

@@ -30,7 +30,13 @@ from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.checkpoint import model_state, resume, save_checkpoint
 from unteach.engine.train.log import FiniteGuard, StepLog, StepSums
 from unteach.engine.train.methods import find_method
-from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
+from unteach.engine.train.optim import (
+    adamw,
+    choose_trainable,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
 from unteach.engine.train.parallel import (
     LOSS_METHOD,
     World,
@@ -76,7 +82,7 @@ def train(job: Job, world: World) -> Path:
     """
     config, method, optim = job.config, job.config.method, job.config.optim
     model, head, trainable = prepare_model(job, world)
-    optimizer = adamw(model, optim)
+    optimizer = adamw(model, optim, seed=config.run.seed)
     checkpoints = job.folder / "checkpoints"
     start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
     log, guard = StepLog(job.folder / "train.jsonl", start, world), FiniteGuard(optimizer, world)
@@ -109,8 +115,7 @@ def train(job: Job, world: World) -> Path:
                     sums.add(batch, output)
 
             lr = learning_rate(optim, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             norm = whole(clip_gradients(model, optim))
             guard.judge(step, sums, norm)
             optimizer.step()

@@ -305,3 +305,19 @@ def test_bad_input_is_one_sentence(
     done = run(tmp_path / "run", *settings, code=2)
     assert part in done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+def test_bf16_weights_and_moments_resume_to_the_bit(whole: Path, tmp_path: Path) -> None:
+    """The rounding noise belongs to seed, step and element, and moments keep their dtype."""
+    settings = ("model.dtype=bfloat16", "optim.state=bfloat16", 'data.mix={"forget": 2}')
+    straight, stopped = taught(whole, tmp_path / "a"), taught(whole, tmp_path / "b")
+    run(straight, *settings)
+    run(stopped, *settings)
+    for path in sorted((stopped / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    shutil.rmtree(stopped / "model")
+    (stopped / "stamps" / "train.json").unlink()
+    assert len(list((stopped / "checkpoints").glob("step-*"))) == 1
+    run(stopped, *settings)
+    assert all(torch.equal(w, weights(stopped)[name]) for name, w in weights(straight).items())
+    assert {w.dtype for w in weights(straight).values()} == {torch.bfloat16}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -10,7 +11,13 @@ from unteach.engine.config import ModelConfig, OptimConfig
 from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedModel, head_weight, load_model, tiny_model
 from unteach.engine.train.log import FiniteGuard, StepSums
-from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
+from unteach.engine.train.optim import (
+    adamw,
+    choose_trainable,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
 from unteach.engine.train.parallel import World
 
 
@@ -102,3 +109,18 @@ def test_a_step_that_is_not_finite_is_left_out_with_all_after_it(model: PreTrain
         assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
     with pytest.raises(InputError, match=r"Step 2: .*of the gradient"):
         guard.settle()
+
+
+def test_eight_bit_moments_without_torchao_say_how_to_get_it(model: PreTrainedModel) -> None:
+    if importlib.util.find_spec("torchao"):
+        pytest.skip("torchao is installed")
+    with pytest.raises(InputError, match="pip install torchao"):
+        adamw(model, OptimConfig(state="8bit"))
+
+
+def test_rate_is_set_where_it_is_kept() -> None:
+    for rate in (0.5, torch.tensor(0.5)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+        set_learning_rate(optimizer, 0.25)
+        assert float(optimizer.param_groups[0]["lr"]) == 0.25
+        assert isinstance(optimizer.param_groups[0]["lr"], type(rate))
