@@ -63,6 +63,12 @@ class DataConfig(Section):
         dict.fromkeys(GOALS, 3),
         description="records of each goal in one optimiser step; a goal left out has none",
     )
+    pack_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="put several records into one row of up to so many tokens, kept apart by their "
+        "position ids; None = a padded row each",
+    )
     known_only: bool = Field(
         False,
         description="drop the forget and attack records that the base model does not answer",

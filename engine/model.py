@@ -226,7 +226,10 @@ def head_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
 
 
 def hidden_states(
-    model: PreTrainedModel, tokens_BT: Tensor, prefix_P: Tensor | None = None
+    model: PreTrainedModel,
+    tokens_BT: Tensor,
+    prefix_P: Tensor | None = None,
+    place_BT: Tensor | None = None,
 ) -> Tensor:
     """[B, T, D] after the final norm, for right-padded rows; differentiable.
 
@@ -236,12 +239,19 @@ def hidden_states(
     Args:
         prefix_P: tokens that stand before every row, run once; gradients flow through its keys
             and values.
+        place_BT: places that begin again at 0 with every packed record; not with a prefix.
     """
     body, past = backbone(model), None
     if prefix_P is not None and len(prefix_P):
         past = body(input_ids=prefix_P[None], use_cache=True).past_key_values
         past.batch_repeat_interleave(len(tokens_BT))
-    output = body(input_ids=tokens_BT, past_key_values=past, use_cache=past is not None)
+    assert place_BT is None or past is None
+    output = body(
+        input_ids=tokens_BT,
+        position_ids=place_BT,
+        past_key_values=past,
+        use_cache=past is not None,
+    )
     hidden = output.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden

@@ -101,7 +101,11 @@ def train(job: Job, world: World) -> Path:
             sums = StepSums(world)
             for index, chosen in enumerate(batches):
                 # A rank with nothing to supervise still takes part in every reduction.
-                batch = collate(chosen or examples[:1], first_only=method.positions == "first")
+                batch = collate(
+                    chosen or examples[:1],
+                    first_only=method.positions == "first",
+                    pack_tokens=config.data.pack_tokens,
+                )
                 weight_N = row_weights(batch, method) * bool(chosen)
                 sync_gradients(model, world, last=index == len(batches) - 1)
                 replay = trunk.replaying(batch) if trunk else nullcontext()
@@ -190,11 +194,12 @@ def prepare_contexts(
     """Take out of every step what need not be computed in it: shared prompts, frozen blocks.
 
     Both call blocks more than once a step, or not at all: neither FSDP2's hooks nor recomputation
-    nor compiled blocks expect that, so they serve a single process that uses none of them.
+    nor compiled blocks expect that, so they serve a single process that uses none of them. Packed
+    rows need position ids without a KV cache, so they share nothing either.
     """
     config = job.config
     plain = config.parallel.checkpointing == "off" and not config.parallel.compile
-    if world.mesh is not None or not plain:
+    if world.mesh is not None or not plain or config.data.pack_tokens is not None:
         return job.streams, None
     streams = share_contexts(job.streams)
     depth = frozen_depth(model) if config.optim.reuse_frozen else 0

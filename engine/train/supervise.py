@@ -54,7 +54,10 @@ def supervised_loss(
 ) -> MethodOutput:
     """Forward one micro-batch; the head's weight is read here, where FSDP2 has made it whole."""
     device = model.device
-    hidden_BTD = hidden_states(model, batch.tokens_BT.to(device), batch.prefix_P.to(device))
+    place_BT = None if batch.place_BT is None else batch.place_BT.to(device)
+    hidden_BTD = hidden_states(
+        model, batch.tokens_BT.to(device), batch.prefix_P.to(device), place_BT
+    )
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N.to(device)]
     hidden_ND = enter_head(model, hidden_ND)
     weight_VD, bias_V = head_weight(model), head_bias(model)

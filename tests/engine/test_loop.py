@@ -150,8 +150,12 @@ def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("parallel.checkpointing=full",), ("parallel.checkpointing=selective", HSDP)],
-    ids=["plain", "recomputing", "hsdp"],
+    [
+        (),
+        ("parallel.checkpointing=full", "data.pack_tokens=300"),
+        ("parallel.checkpointing=selective", HSDP),
+    ],
+    ids=["plain", "recomputing-packed", "hsdp"],
 )
 def test_no_way_to_spread_the_work_changes_it(
     whole: Path, tmp_path: Path, settings: tuple[str, ...]
