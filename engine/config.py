@@ -212,6 +212,11 @@ class RunConfig(Section):
     log_every: int = Field(1, ge=1, description="steps between lines of train.jsonl")
     checkpoint_every: int | None = Field(20, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, newest first")
+    background_checkpoints: bool = Field(
+        False,
+        description="write checkpoints while training goes on, at the price of a copy of the "
+        "weights and the optimiser state in host memory",
+    )
 
 
 class Config(Section):

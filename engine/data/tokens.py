@@ -8,7 +8,8 @@ differ, share the response token for token and align by offset.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ class Batch:
     cache_row_N: Tensor | None
     example_N: Tensor
     examples: tuple[Example, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with what the model reads on a device; the rest stays with the host."""
+        names = ("prefix_P", "tokens_BT", "place_BT", "position_N", "labels_N")
+        tensors = {name: getattr(self, name) for name in names}
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name, value in tensors.items()
+        }
+        return replace(self, **moved)
 
     @property
     def goal_N(self) -> Tensor:

@@ -37,7 +37,7 @@ class StepSums:
         cover_N = output.coverage_N if output.coverage_N is not None else torch.ones_like(row_N)
         rows_N3 = torch.stack([row_N, torch.ones_like(row_N), cover_N], dim=1).float()
         self.loss += output.loss.detach()
-        self.goals_G3.index_add_(0, batch.goal_N.to(row_N.device), rows_N3)
+        self.goals_G3.index_add_(0, batch.goal_N.to(row_N.device, non_blocking=True), rows_N3)
         self.counts_2[0] += batch.prefix_P.numel() + batch.tokens_BT.numel()
         if output.fallback_rows is not None:
             self.counts_2[1] += output.fallback_rows

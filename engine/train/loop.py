@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unteach.engine.config import Config
 from unteach.engine.data.sampler import Stream, draw, rank_batches, share_contexts
@@ -27,7 +28,7 @@ from unteach.engine.model import (
 )
 from unteach.engine.progress import progress, say
 from unteach.engine.teacher.cache import TeacherCache
-from unteach.engine.train.checkpoint import model_state, resume, save_checkpoint
+from unteach.engine.train.checkpoint import Saver, model_state, resume
 from unteach.engine.train.log import FiniteGuard, StepLog, StepSums
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import (
@@ -46,6 +47,7 @@ from unteach.engine.train.parallel import (
     sync_gradients,
     whole,
 )
+from unteach.engine.train.read_ahead import ReadAhead
 from unteach.engine.train.seeds import SeedFile
 from unteach.engine.train.supervise import count_normalizer, row_weights, supervised_loss
 from unteach.engine.train.trunk import Trunk, frozen_depth
@@ -83,11 +85,12 @@ def train(job: Job, world: World) -> Path:
     config, method, optim = job.config, job.config.method, job.config.optim
     model, head, trainable = prepare_model(job, world)
     optimizer = adamw(model, optim, seed=config.run.seed)
-    checkpoints = job.folder / "checkpoints"
-    start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
+    start = resume(job.folder / "checkpoints", model, optimizer, trainable, job.fingerprint, world)
+    saver = open_saver(job, world)
     log, guard = StepLog(job.folder / "train.jsonl", start, world), FiniteGuard(optimizer, world)
     seeds = open_seeds(job, head, world)
     streams, trunk = prepare_contexts(job, model, world)
+    cache = ReadAhead(job.cache, world.device) if job.cache is not None else None
 
     with (
         stop_requests(world) as stop_asked,
@@ -107,11 +110,12 @@ def train(job: Job, world: World) -> Path:
                     pack_tokens=config.data.pack_tokens,
                 )
                 weight_N = row_weights(batch, method) * bool(chosen)
-                sync_gradients(model, world, last=index == len(batches) - 1)
                 replay = trunk.replaying(batch) if trunk else nullcontext()
+                batch, weight_N = batch.to(world.device), weight_N.to(world.device)
+                sync_gradients(model, world, last=index == len(batches) - 1)
                 with compute_dtype(config.parallel, world), replay:
                     output = getattr(model, LOSS_METHOD)(
-                        batch, weight_N, normalizer, method, head, job.cache, seeds
+                        batch, weight_N, normalizer, method, head, cache, seeds
                     )
                 # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
                 (output.loss * world.size).backward()
@@ -124,6 +128,8 @@ def train(job: Job, world: World) -> Path:
             guard.judge(step, sums, norm)
             optimizer.step()
             optimizer.zero_grad()
+            if cache is not None and step + 1 < optim.steps:
+                cache.announce(cached_rows(streams, config, world, step + 1))
 
             done, note = step + 1, ""
             if done % config.run.log_every == 0 or done == optim.steps:
@@ -133,19 +139,13 @@ def train(job: Job, world: World) -> Path:
             stopping = stop_asked()
             if stopping or checkpoint_due(config, done):
                 guard.settle()
-                save_checkpoint(
-                    checkpoints,
-                    done,
-                    model,
-                    optimizer,
-                    trainable,
-                    job.fingerprint,
-                    world,
-                    keep=config.run.keep_checkpoints,
-                )
+                saver.save(done, model, optimizer, trainable)
+            saver.poll()
             if stopping:
+                saver.finish()
                 raise KeyboardInterrupt
 
+    saver.finish()
     export_model(model, job.tokenizer, model_state(model), job.folder / "model", rank=world.rank)
     world.wait()
     return job.folder / "model"
@@ -176,6 +176,17 @@ def base_model(job: Job, world: World) -> tuple[PreTrainedModel, dict[str, Path]
     return load_model(job.base, config, device=world.device), {}
 
 
+def open_saver(job: Job, world: World) -> Saver:
+    """What writes this run's checkpoints."""
+    return Saver(
+        job.folder / "checkpoints",
+        job.fingerprint,
+        world,
+        keep=job.config.run.keep_checkpoints,
+        background=job.config.run.background_checkpoints,
+    )
+
+
 def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
     """The seeds of this run's cache rows; rank 0 makes the file, all ranks share it."""
     if job.cache is None or not find_method(job.config.method.name).cached_teacher:
@@ -204,6 +215,17 @@ def prepare_contexts(
     streams = share_contexts(job.streams)
     depth = frozen_depth(model) if config.optim.reuse_frozen else 0
     return streams, Trunk(model, depth, streams) if depth else None
+
+
+def cached_rows(
+    streams: tuple[Stream, ...], config: Config, world: World, step: int
+) -> Iterator[Tensor]:
+    """The cache rows of this rank's micro-batches in a step."""
+    examples = draw(streams, config.run.seed, step)
+    for chosen in rank_batches(examples, world.rank, world.size, config.optim.accumulation):
+        batch = collate(chosen or examples[:1], first_only=config.method.positions == "first")
+        if batch.cache_row_N is not None:
+            yield batch.cache_row_N
 
 
 def checkpoint_due(config: Config, done: int) -> bool:

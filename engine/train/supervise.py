@@ -66,7 +66,8 @@ def supervised_loss(
         cached = cache.rows(batch.cache_row_N)
         teacher = cache.teacher(cached, device)
         if seeds is not None:
-            seeds_NS = seeds.read(batch.cache_row_N, cached.student_ids_NS).to(device)
+            seeds_NS = seeds.read(batch.cache_row_N, cached.student_ids_NS)
+            seeds_NS = seeds_NS.to(device, non_blocking=True)
     rows = Rows(
         hidden_ND=hidden_ND,
         head_VD=weight_VD.to(hidden_ND.dtype),

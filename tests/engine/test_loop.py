@@ -190,11 +190,17 @@ def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
-def test_killed_during_a_save_goes_on_from_the_save_before(whole: Path, tmp_path: Path) -> None:
+IN_BACKGROUND = "run.background_checkpoints=true"
+
+
+@pytest.mark.parametrize("settings", [(), (IN_BACKGROUND,)], ids=["before", "background"])
+def test_killed_during_a_save_goes_on_from_the_save_before(
+    whole: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     folder = taught(whole, tmp_path / "run")
     partial = folder / "checkpoints" / ".step-000010.partial"
-    assert kill_when(partial.exists, folder, sig=signal.SIGKILL) == -signal.SIGKILL
-    run(folder)
+    assert kill_when(partial.exists, folder, *settings, sig=signal.SIGKILL) == -signal.SIGKILL
+    run(folder, *settings)
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
@@ -210,7 +216,11 @@ def test_a_request_to_stop_saves_and_exits(whole: Path, tmp_path: Path, sig: int
 
 def test_two_rank_checkpoint_resumes_on_one_rank(whole: Path, tmp_path: Path) -> None:
     folder = taught(whole, tmp_path / "run")
-    run(folder, ranks=2)
+    run(folder, IN_BACKGROUND, ranks=2)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000015",
+        "step-000020",
+    ]
     shutil.rmtree(folder / "model")
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
@@ -222,9 +232,10 @@ def test_two_rank_checkpoint_resumes_on_one_rank(whole: Path, tmp_path: Path) ->
     ("limit", "settings", "part"),
     [
         (600_000, (), "step-000005 cannot be written"),
+        (600_000, (IN_BACKGROUND,), "step-000005 cannot be written"),
         (200_000, ("run.checkpoint_every=null",), "model cannot be written"),
     ],
-    ids=["checkpoint", "export"],
+    ids=["checkpoint", "background", "export"],
 )
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     whole: Path, tmp_path: Path, limit: int, settings: tuple[str, ...], part: str
