@@ -45,7 +45,11 @@ class ModelConfig(Section):
         "made on the spot), a Hugging Face folder, a hub id, or a .gguf file",
     )
     revision: str | None = Field(None, description="git revision of a hub id")
-    dtype: Dtype = Field("float32", description="dtype of the weights in memory")
+    dtype: Dtype = Field(
+        "float32",
+        description="dtype of the weights in memory; trained bfloat16 weights are "
+        "rounded stochastically",
+    )
     attention: Attention = Field("sdpa", description="attention implementation")
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
 
@@ -55,6 +59,12 @@ class DataConfig(SourceSettings):
     mix: dict[Goal, int] = Field(
         dict.fromkeys(GOALS, 3),
         description="records of each goal in one optimiser step; a goal left out has none",
+    )
+    pack_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="put several records into one row of up to so many tokens, kept apart by their "
+        "position ids; None = a padded row each",
     )
     known_only: bool = Field(
         False,
@@ -157,6 +167,9 @@ class OptimConfig(Section):
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    state: Literal["float32", "bfloat16", "8bit"] = Field(
+        "float32", description="dtype of AdamW's moments; 8bit needs torchao"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
     clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm")
     accumulation: int = Field(1, ge=1, description="micro-batches in one optimiser step")
@@ -174,8 +187,16 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     replicate: int = Field(1, ge=1, description="replicas of the sharded model (HSDP)")
     dtype: Dtype = Field("float32", description="compute dtype of the training forward")
-    checkpointing: Literal["off", "full"] | Annotated[int, Field(ge=1)] = Field(
-        "off", description="activation checkpointing: off, full, or every n-th block"
+    checkpointing: Literal["off", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
+        "off",
+        description="activation checkpointing: off, full, every n-th block, or selective (keep "
+        "attention and every second matrix product, recompute the rest)",
+    )
+    compile: bool = Field(False, description="torch.compile each block")
+    cpu_offload: bool = Field(
+        False,
+        description="keep parameters, gradients and optimiser state in host memory; under torchrun "
+        "on CUDA",
     )
 
 
@@ -220,6 +241,11 @@ class RunConfig(Section):
     log_every: int = Field(1, ge=1, description="steps between lines of train.jsonl")
     checkpoint_every: int | None = Field(20, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, newest first")
+    background_checkpoints: bool = Field(
+        False,
+        description="write checkpoints while training goes on, at the price of a copy of the "
+        "weights and the optimiser state in host memory",
+    )
 
 
 class Config(Section):

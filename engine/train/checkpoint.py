@@ -11,11 +11,13 @@ import json
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from unteach.engine.errors import InputError
 from unteach.engine.files import write_json
@@ -36,46 +38,112 @@ from unteach.engine.train.parallel import World
 COMPLETE = "complete"
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    trainable: Collection[str],
-    fingerprint: dict[str, Any],
-    world: World,
-    *,
-    keep: int,
-) -> None:
-    """Write `folder/step-0000NN` for a run that has done `step` optimiser steps.
+class Saver:
+    """Writes `folder/step-0000NN` checkpoints of one run, each aside until it is whole.
 
-    Raises:
-        InputError: the disk is full; the checkpoints before stay whole.
+    In the background, weights and optimiser state are copied to host memory and written while
+    training goes on; the checkpoint counts from the step at which the write is seen to have ended.
     """
-    target = folder / f"step-{step:06d}"
-    partial = folder / f".step-{step:06d}.partial"
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    world.wait()
-    try:
-        state = _state(model, optimizer, trainable)
-        with _no_warning_alone():
-            save(state, checkpoint_id=partial, no_dist=world.mesh is None)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(
-            f"Checkpoint {target} cannot be written ({_root_cause(error)}): free space or choose "
-            "another run.folder; earlier checkpoints are whole."
-        ) from error
-    world.wait()
-    if world.rank == 0:
-        write_json(partial / COMPLETE, {"step": step, "fingerprint": fingerprint})
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in finished_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    world.wait()
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        world: World,
+        *,
+        keep: int,
+        background: bool,
+    ) -> None:
+        self.folder, self.fingerprint, self.world = folder, fingerprint, world
+        self.keep, self.background = keep, background
+        # Its thread must not meet training's own reductions in the same group.
+        spread = background and world.mesh is not None
+        self._group = dist.new_group(backend="gloo") if spread else None
+        self._writing: tuple[int, Future[Any]] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        trainable: Collection[str],
+    ) -> None:
+        """Write, or begin to write, what a run is after `step` optimiser steps.
+
+        Raises:
+            InputError: the disk is full; the checkpoints before stay whole.
+        """
+        self.finish()
+        if self.world.rank == 0:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.world.wait()
+        alone = self.world.mesh is None
+        where: dict[str, Any] = {"checkpoint_id": self._partial(step), "no_dist": alone}
+        with self._one_sentence(step), _no_warning_alone():
+            state = _state(model, optimizer, trainable)
+            if self.background:
+                future = async_save(state, process_group=self._group, **where)
+                assert isinstance(future, Future)
+                self._writing = (step, future)
+                return
+            save(state, **where)
+        self._complete(step)
+
+    def poll(self) -> None:
+        """Complete the checkpoint in the background if its last byte is written.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self._writing is not None and self._writing[1].done():
+            self._end()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in the background, on all ranks.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self._writing is not None:
+            self._end()
+        self.world.wait()
+
+    def _end(self) -> None:
+        assert self._writing is not None
+        step, future = self._writing
+        self._writing = None
+        with self._one_sentence(step):
+            future.result()
+        # The coordinator's future ends after every rank's: rank 0 need not ask the others.
+        self._complete(step)
+
+    def _complete(self, step: int) -> None:
+        target = self._target(step)
+        if self.world.rank == 0:
+            partial = self._partial(step)
+            write_json(partial / COMPLETE, {"step": step, "fingerprint": self.fingerprint})
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            for old in finished_checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+
+    def _target(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".step-{step:06d}.partial"
+
+    @contextmanager
+    def _one_sentence(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            raise InputError(
+                f"Checkpoint {self._target(step)} cannot be written ({_root_cause(error)}): free "
+                "space or choose another run.folder; earlier checkpoints are whole."
+            ) from error
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
@@ -116,10 +184,9 @@ def resume(
     return int(note["step"])
 
 
-def full_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter whole on the CPU of rank 0; to be called on all ranks."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+def model_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter by its name in the model's files, as it lies on this rank."""
+    state = get_model_state_dict(model)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -37,21 +37,14 @@ class StepSums:
         cover_N = output.coverage_N if output.coverage_N is not None else torch.ones_like(row_N)
         rows_N3 = torch.stack([row_N, torch.ones_like(row_N), cover_N], dim=1).float()
         self.loss += output.loss.detach()
-        self.goals_G3.index_add_(0, batch.goal_N.to(row_N.device), rows_N3)
+        self.goals_G3.index_add_(0, batch.goal_N.to(row_N.device, non_blocking=True), rows_N3)
         self.counts_2[0] += batch.prefix_P.numel() + batch.tokens_BT.numel()
         if output.fallback_rows is not None:
             self.counts_2[1] += output.fallback_rows
         self.seen.append((batch, row_N))
 
-    def stop_unless_finite(self, step: int, norm: Tensor) -> None:
-        """Stop all ranks before the optimiser step when loss or gradient is NaN or infinite.
-
-        Raises:
-            InputError: names step, goals and records.
-        """
-        finite = torch.isfinite(norm) & torch.isfinite(self.world.reduced(self.loss))
-        if bool(finite):
-            return
+    def blame(self, step: int) -> InputError:
+        """The error of a step that is not finite: step, goals and records; asked on all ranks."""
         bad = [
             f"{batch.examples[owner].record_id} ({batch.examples[owner].goal})"
             for batch, row_N in self.seen
@@ -64,10 +57,46 @@ class StepSums:
         where = (
             f"of records {', '.join(bad[:8])}" if bad else "of the gradient, every loss is finite"
         )
-        raise InputError(
+        return InputError(
             f"Step {step + 1}: the loss is not finite, because {where}; nothing was updated and "
             "the last checkpoint is good: lower optim.lr or remove those records."
         )
+
+
+class FiniteGuard:
+    """Keeps a loss or gradient that is NaN or infinite out of the weights, without asking the host.
+
+    The verdict of a step stays on the device, where the optimiser reads it and leaves out that step
+    and all after it. The host reads it when it reads the loss anyway, and before a checkpoint.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, world: World) -> None:
+        self.optimizer, self.world = optimizer, world
+        self.bad = torch.zeros((), device=world.device)  # 1 from the first bad step on
+        self.unread: list[tuple[int, StepSums, Tensor]] = []
+
+    def judge(self, step: int, sums: StepSums, norm: Tensor) -> None:
+        """To be called between the gradients of a step and the optimiser.
+
+        An optimiser that cannot leave out a step costs one question to the device a step.
+        """
+        finite = torch.isfinite(norm) & torch.isfinite(self.world.reduced(sums.loss))
+        self.bad = torch.maximum(self.bad, (~finite).float())
+        self.unread.append((step, sums, self.bad))
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
+        else:
+            self.settle()
+
+    def settle(self) -> None:
+        """Stop all ranks when a step since the last call was not finite.
+
+        Raises:
+            InputError: names the first such step, its goals and records.
+        """
+        if bool(self.bad):
+            raise next(sums.blame(step) for step, sums, bad in self.unread if bool(bad))
+        self.unread.clear()
 
 
 class StepLog:

@@ -11,35 +11,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unteach.engine.config import Config
 from unteach.engine.data.sampler import Stream, draw, rank_batches, share_contexts
-from unteach.engine.data.tokens import collate
 from unteach.engine.model import (
     Head,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    empty_model,
     export_model,
     head_of,
     load_model,
+    weight_files,
 )
-from unteach.engine.progress import progress
+from unteach.engine.progress import progress, say
 from unteach.engine.teacher.cache import TeacherCache
-from unteach.engine.train.checkpoint import full_state, resume, save_checkpoint
-from unteach.engine.train.log import StepLog, StepSums
+from unteach.engine.train.checkpoint import Saver, model_state, resume
+from unteach.engine.train.log import FiniteGuard, StepLog, StepSums
 from unteach.engine.train.methods import find_method
-from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
+from unteach.engine.train.optim import (
+    adamw,
+    choose_trainable,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
 from unteach.engine.train.own_rate import OwnRate
 from unteach.engine.train.parallel import (
     LOSS_METHOD,
     World,
     compute_dtype,
+    load_shards,
     shard_model,
     sync_gradients,
     whole,
 )
+from unteach.engine.train.read_ahead import ReadAhead
 from unteach.engine.train.seeds import SeedFile
-from unteach.engine.train.supervise import split_step, supervised_loss
+from unteach.engine.train.supervise import micro_batch, rows_read, split_step, supervised_loss
 from unteach.engine.train.surgery import GoalGradients
 from unteach.engine.train.trunk import Trunk, frozen_depth
 
@@ -75,13 +85,14 @@ def train(job: Job, world: World) -> Path:
     """
     config, method, optim = job.config, job.config.method, job.config.optim
     model, head, trainable = prepare_model(job, world)
-    optimizer = adamw(model, optim)
+    optimizer = adamw(model, optim, seed=config.run.seed)
     own_rate = OwnRate(config, model, optimizer, head, job.cache, world)
-    checkpoints = job.folder / "checkpoints"
-    start = resume(checkpoints, model, optimizer, trainable, job.fingerprint, world)
-    log = StepLog(job.folder / "train.jsonl", start, world)
+    start = resume(job.folder / "checkpoints", model, optimizer, trainable, job.fingerprint, world)
+    saver = open_saver(job, world)
+    log, guard = StepLog(job.folder / "train.jsonl", start, world), FiniteGuard(optimizer, world)
     seeds = open_seeds(job, head, world)
     streams, trunk = prepare_contexts(job, model, world)
+    cache = ReadAhead(job.cache, world.device) if job.cache is not None else None
 
     with (
         stop_requests(world) as stop_asked,
@@ -94,15 +105,14 @@ def train(job: Job, world: World) -> Path:
             for part in parts:
                 batches = rank_batches(part.examples, world.rank, world.size, optim.accumulation)
                 for index, chosen in enumerate(batches):
-                    # A rank with nothing to supervise still takes part in every reduction.
-                    batch = collate(
-                        chosen or part.examples[:1], first_only=method.positions == "first"
-                    )
-                    sync_gradients(model, world, last=index == len(batches) - 1)
+                    batch = micro_batch(chosen, part, config)
                     replay = trunk.replaying(batch) if trunk else nullcontext()
+                    batch = batch.to(world.device)
+                    sync_gradients(model, world, last=index == len(batches) - 1)
                     with compute_dtype(config.parallel, world), replay:
+                        # A rank with nothing to supervise still takes part in every reduction.
                         output = getattr(model, LOSS_METHOD)(
-                            batch, part, method, head, job.cache, seeds, float(bool(chosen))
+                            batch, part, method, head, cache, seeds, float(bool(chosen))
                         )
                     # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
                     (output.loss * world.size).backward()
@@ -112,49 +122,68 @@ def train(job: Job, world: World) -> Path:
             goals.combine()
 
             lr = learning_rate(optim, step) * own_rate.factor
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             norm = whole(clip_gradients(model, optim))
-            sums.stop_unless_finite(step, norm)
+            guard.judge(step, sums, norm)
             own_rate.step(step, parts[-1])
             optimizer.zero_grad()
+            if cache is not None and step + 1 < optim.steps:
+                cache.announce(cached_rows(streams, config, world, step + 1))
 
             done, note = step + 1, ""
             if done % config.run.log_every == 0 or done == optim.steps:
+                guard.settle()
                 note = f"loss {log.write(done, sums, lr, norm):.4f}"
             advance(1, note)
             stopping = stop_asked()
             if stopping or checkpoint_due(config, done):
-                save_checkpoint(
-                    checkpoints,
-                    done,
-                    model,
-                    optimizer,
-                    trainable,
-                    job.fingerprint,
-                    world,
-                    keep=config.run.keep_checkpoints,
-                )
+                guard.settle()
+                saver.save(done, model, optimizer, trainable)
+            saver.poll()
             if stopping:
+                saver.finish()
                 raise KeyboardInterrupt
 
-    state = full_state(model)
-    if world.rank == 0:
-        export_model(model, job.tokenizer, state, job.folder / "model")
+    saver.finish()
+    export_model(model, job.tokenizer, model_state(model), job.folder / "model", rank=world.rank)
     world.wait()
     return job.folder / "model"
 
 
 def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[str]]:
-    """Load, choose what trains, checkpoint activations, shard: in this order."""
+    """Choose what trains, checkpoint activations, compile, shard, load: in this order."""
     find_method(job.config.method.name)
-    model = load_model(job.base, job.config.model, device=world.device)
+    model, files = base_model(job, world)
     trainable = choose_trainable(model, job.config.optim)
     head = head_of(model, job.tokenizer)
     setattr(model, LOSS_METHOD, types.MethodType(supervised_loss, model))
     shard_model(model, job.config.parallel, world)
+    if files:
+        load_shards(model, files, job.config.parallel, world)
     model.train()
     return model, head, trainable
+
+
+def base_model(job: Job, world: World) -> tuple[PreTrainedModel, dict[str, Path]]:
+    """The whole model, or under FSDP2 an empty one and the files that its shards come from."""
+    config = job.config.model
+    if world.mesh is not None:
+        model, files = empty_model(job.base, config), weight_files(job.base, config)
+        if {name for name, _ in model.named_parameters()} <= files.keys():
+            return model, files
+        say("model: its files name tensors otherwise than the model, so every rank loads it whole")
+    return load_model(job.base, config, device=world.device), {}
+
+
+def open_saver(job: Job, world: World) -> Saver:
+    """What writes this run's checkpoints."""
+    return Saver(
+        job.folder / "checkpoints",
+        job.fingerprint,
+        world,
+        keep=job.config.run.keep_checkpoints,
+        background=job.config.run.background_checkpoints,
+    )
 
 
 def open_seeds(job: Job, head: Head, world: World) -> SeedFile | None:
@@ -175,14 +204,26 @@ def prepare_contexts(
     """Take out of every step what need not be computed in it: shared prompts, frozen blocks.
 
     Both call blocks more than once a step, or not at all: neither FSDP2's hooks nor recomputation
-    expect that, so they serve a single process without activation checkpointing.
+    nor compiled blocks expect that, so they serve a single process that uses none of them. Packed
+    rows need position ids without a KV cache, so they share nothing either.
     """
     config = job.config
-    if world.mesh is not None or config.parallel.checkpointing != "off":
+    plain = config.parallel.checkpointing == "off" and not config.parallel.compile
+    if world.mesh is not None or not plain or config.data.pack_tokens is not None:
         return job.streams, None
     streams = share_contexts(job.streams)
     depth = frozen_depth(model) if config.optim.reuse_frozen else 0
     return streams, Trunk(model, depth, streams) if depth else None
+
+
+def cached_rows(
+    streams: tuple[Stream, ...], config: Config, world: World, step: int
+) -> Iterator[Tensor]:
+    """The cache rows of this rank's micro-batches in a step."""
+    for part in split_step(draw(streams, config.run.seed, step), config.method):
+        share = rank_batches(part.examples, world.rank, world.size, config.optim.accumulation)
+        for chosen in share:
+            yield from rows_read(micro_batch(chosen, part, config), part)
 
 
 def checkpoint_due(config: Config, done: int) -> bool:
@@ -194,7 +235,7 @@ def checkpoint_due(config: Config, done: int) -> bool:
 @contextmanager
 def stop_requests(world: World) -> Iterator[Any]:
     """Turn SIGINT and SIGTERM into a question that all ranks answer alike, asked once a step."""
-    asked = torch.zeros((), dtype=torch.int32, device=world.device)
+    asked = torch.zeros((), dtype=torch.int32)  # on the CPU: no question to the device
 
     def remember(number: int, frame: object) -> None:
         nonlocal asked

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unteach.engine.config import OptimConfig
 from unteach.engine.errors import InputError
-from unteach.engine.model import PreTrainedModel, head_weight
+from unteach.engine.model import DTYPES, PreTrainedModel, head_weight
+from unteach.engine.train.lean_adamw import LeanAdamW
 
 
 def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
@@ -37,20 +39,58 @@ def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
     return chosen
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; vectors (norms, biases) do not decay."""
+def adamw(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; vectors (norms, biases) do not decay.
+
+    torch's fused one where parameters and moments are float32, else the lean one of this room, or
+    torchao's for 8-bit moments. bf16 parameters are always rounded stochastically.
+
+    Raises:
+        InputError: 8-bit moments without torchao.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.state == "8bit":
+        return _eight_bit(groups, options, seed)
+    if config.state == "float32" and all(p.dtype == torch.float32 for p in trainable):
+        return torch.optim.AdamW(groups, **options, fused=True)
+    return LeanAdamW(groups, **options, state_dtype=DTYPES[config.state], seed=seed)
+
+
+def _eight_bit(
+    groups: list[dict[str, Any]], options: dict[str, Any], seed: int
+) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError(
+            "optim.state 8bit is torchao's, which is not installed: `pip install torchao`, or set "
+            "optim.state=bfloat16."
+        ) from error
+    optimizer = AdamW8bit(groups, **options, bf16_stochastic_round=True)
+
+    def reseed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Its rounding draws from torch's generator, which a resumed run must find as it was.
+        steps = [int(state["step"]) for state in optimizer.state.values()]
+        torch.manual_seed(seed * 1_000_003 + max(steps, default=0))
+
+    optimizer.register_step_pre_hook(reseed)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step; some optimisers keep it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:

@@ -14,12 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from unteach.engine.config import Config
 from unteach.engine.data.sampler import rank_batches
-from unteach.engine.data.tokens import collate
 from unteach.engine.model import Head, PreTrainedModel
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.parallel import LOSS_METHOD, World, compute_dtype
-from unteach.engine.train.supervise import Part
+from unteach.engine.train.supervise import Part, micro_batch
 
 SMOOTHING = 0.9
 KEY = "own_rate"  # in the optimiser's groups, so that checkpoints hold it
@@ -111,7 +110,7 @@ class OwnRate:
         total = torch.zeros((), device=world.device)
         accumulation = self.config.optim.accumulation
         for chosen in rank_batches(part.examples, world.rank, world.size, accumulation):
-            batch = collate(chosen or part.examples[:1], first_only=method.positions == "first")
+            batch = micro_batch(chosen, part, self.config)
             with compute_dtype(self.config.parallel, world):
                 output = getattr(self.model, LOSS_METHOD)(
                     batch, part, method, self.head, self.cache, None, float(bool(chosen))

@@ -1,4 +1,4 @@
-"""Who computes what: process group, device mesh, FSDP2 sharding and activation checkpointing.
+"""Who computes what: process group, device mesh, FSDP2 sharding, weights read shard by shard.
 
 Launched by torchrun the model is sharded; in a single process the same code runs unsharded.
 """
@@ -6,30 +6,39 @@ Launched by torchrun the model is sharded; in a single process the same code run
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from unteach.engine.config import ParallelConfig
 from unteach.engine.errors import InputError
 from unteach.engine.model import DTYPES, PreTrainedModel, blocks
+from unteach.engine.train.recompute import checkpoint_blocks
 
 # Rank 0 evaluates while the others wait at a barrier.
 WAIT = timedelta(hours=12)
 LOSS_METHOD = "supervised_loss"
+HEAD_METHOD = "enter_head"
+WRAPPED = "_checkpoint_wrapped_module."
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,9 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    # Flags, offloaded gradients and asynchronous checkpoints are reduced between hosts.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=WAIT)
     try:
         mesh = (
             init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
@@ -105,26 +116,100 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def shard_model(model: PreTrainedModel, config: ParallelConfig, world: World) -> None:
-    """Activation checkpointing, then one FSDP2 unit per block, then the root with what is left.
+def check_parallel(config: ParallelConfig, world: World) -> None:
+    """Refuse what this device or launcher cannot do, before anything is loaded.
 
-    The loss runs as a registered forward method of the root, so that embedding and head are whole
-    exactly while it needs them.
+    Raises:
+        InputError: CPU offload without CUDA or without FSDP2.
+    """
+    if config.cpu_offload and world.device.type != "cuda":
+        raise InputError(
+            "parallel.cpu_offload moves state from a GPU to host memory, and this run is on a CPU, "
+            "where all of it already is: set parallel.cpu_offload=false."
+        )
+    if config.cpu_offload and world.mesh is None:
+        raise InputError(
+            "parallel.cpu_offload is FSDP2's, which a single process without a launcher does not "
+            "use: start with `torchrun --nproc-per-node 1 -m unteach.recipes.cli …`."
+        )
+
+
+def shard_model(model: PreTrainedModel, config: ParallelConfig, world: World) -> None:
+    """Activation checkpointing, compilation, one FSDP2 unit per block, the root with the rest.
+
+    An untied embedding and head are units of their own: the head is whole from `enter_head` until
+    its gradient is reduced, the embedding while it is looked up. Tied, their one weight belongs to
+    the root, which is whole all step. The loss runs as a registered forward method of the root.
     """
     layers = blocks(model)
-    every = {"off": 0, "full": 1}.get(str(config.checkpointing), config.checkpointing)
-    assert isinstance(every, int)
-    for index in range(len(layers)):
-        if every and index % every == 0:
-            layers[index] = checkpoint_wrapper(layers[index])
+    checkpoint_blocks(layers, config.checkpointing)
+    if config.compile:
+        for block in layers:
+            block.compile()
     if world.mesh is None:
         return
-    dtype = DTYPES[config.dtype]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32
+        ),
+        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+    }
     for block in layers:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        fully_shard(block, **options)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is not embedding.weight:
+        fully_shard(embedding, **options)
+        # The loss reads the weight after this method: it stays whole until the backward pass.
+        setattr(head, HEAD_METHOD, types.MethodType(_pass_through, head))
+        fully_shard(head, reshard_after_forward=False, **options)
+        register_fsdp_forward_method(head, HEAD_METHOD)
+    fully_shard(model, **options)
     register_fsdp_forward_method(model, LOSS_METHOD)
+
+
+def enter_head(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """The same hidden states; from here on the head's weight is whole on this rank."""
+    head = model.get_output_embeddings()
+    return getattr(head, HEAD_METHOD)(hidden_ND) if hasattr(head, HEAD_METHOD) else hidden_ND
+
+
+def _pass_through(head: nn.Module, hidden_ND: Tensor) -> Tensor:
+    return hidden_ND
+
+
+def load_shards(
+    model: PreTrainedModel, files: Mapping[str, Path], config: ParallelConfig, world: World
+) -> None:
+    """Give an empty, sharded model its weights: every rank reads its own rows of each tensor.
+
+    A file is closed after each tensor, so that no more of it stays in memory than that.
+
+    Raises:
+        InputError: a file cannot be read, or holds a tensor of another shape.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device="cpu" if config.cpu_offload else world.device)
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_buffers(recurse=False):
+            setattr(module, name, buffers[f"{prefix}.{name}"].to(world.device))
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        name = name.replace(WRAPPED, "")
+        local, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        rows = tuple(slice(start, start + size) for start, size in zip(offset, local, strict=True))
+        try:
+            with safe_open(files[name], framework="pt") as tensors, torch.no_grad():
+                stored = tensors.get_slice(name)
+                if stored.get_shape() != list(parameter.shape):
+                    raise SafetensorError(
+                        f"{name} is {stored.get_shape()} and not {list(parameter.shape)}"
+                    )
+                parameter.to_local().copy_(stored[rows])
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{files[name]} cannot be loaded: {error}.") from error
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class SeedFile:
             with path.open("wb") as stream:
                 stream.truncate(size)
         self._ids = np.memmap(path, dtype=np.int32, mode="r+", shape=(rows, slots))
+        self._late: list[tuple[Tensor, Tensor, torch.cuda.Event | None]] = []
 
     def read(self, row_N: Tensor, first_ids_NS: Tensor | None) -> Tensor:
         """int32 [N, slots] seeds; -1 where nothing is known.
@@ -40,6 +41,15 @@ class SeedFile:
         return torch.where(stored[:, :1] < 0, first, stored)
 
     def write(self, row_N: Tensor, ids_NS: Tensor) -> None:
-        """Remember the ids that this step's pass ended with."""
+        """Remember the ids that this step's pass ended with; from a GPU, one call later."""
         width = min(ids_NS.shape[1], self._ids.shape[1])
-        self._ids[row_N.numpy(), :width] = ids_NS[:, :width].to("cpu", torch.int32).numpy() + 1
+        ids_NW = ids_NS[:, :width].to("cpu", torch.int32, non_blocking=True)
+        copied = torch.cuda.Event() if ids_NS.is_cuda else None
+        if copied is not None:
+            copied.record()
+        self._late.append((row_N, ids_NW, copied))
+        while len(self._late) > (copied is not None):
+            rows, ids, event = self._late.pop(0)
+            if event is not None:
+                event.synchronize()  # of the call before: there is nothing left to wait for
+            self._ids[rows.numpy(), : ids.shape[1]] = ids.numpy() + 1

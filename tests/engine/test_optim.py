@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import torch
 from unteach.engine.config import ModelConfig, OptimConfig
 from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedModel, head_weight, load_model, tiny_model
-from unteach.engine.train.optim import adamw, choose_trainable, clip_gradients, learning_rate
+from unteach.engine.train.log import FiniteGuard, StepSums
+from unteach.engine.train.optim import (
+    adamw,
+    choose_trainable,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
+from unteach.engine.train.parallel import World
 
 
 @pytest.fixture
@@ -75,3 +84,43 @@ def test_clipping_returns_the_norm_before_it_scales(model: PreTrainedModel) -> N
     assert float(norm) == pytest.approx(3 * math.sqrt(count), rel=1e-6)
     after = math.sqrt(sum(float((p.grad**2).sum()) for p in chosen if p.grad is not None))
     assert after == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_left_out_with_all_after_it(model: PreTrainedModel) -> None:
+    config = OptimConfig(lr=0.1, trainable=".*norm.*")
+    choose_trainable(model, config)
+    optimizer, chosen = adamw(model, config), [p for p in model.parameters() if p.requires_grad]
+    guard = FiniteGuard(optimizer, World(0, 1, torch.device("cpu"), None))
+
+    def step(number: int, gradient: float) -> None:
+        for parameter in chosen:
+            parameter.grad = torch.full_like(parameter, gradient)
+        guard.judge(number, StepSums(guard.world), clip_gradients(model, config))
+        optimizer.step()
+
+    step(0, 1.0)
+    guard.settle()
+    after = [p.detach().clone() for p in chosen]
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in chosen]
+    for number, gradient in ((1, math.nan), (2, 1.0)):
+        step(number, gradient)
+    for parameter, old, moment in zip(chosen, after, moments, strict=True):
+        assert torch.equal(parameter, old)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+    with pytest.raises(InputError, match=r"Step 2: .*of the gradient"):
+        guard.settle()
+
+
+def test_eight_bit_moments_without_torchao_say_how_to_get_it(model: PreTrainedModel) -> None:
+    if importlib.util.find_spec("torchao"):
+        pytest.skip("torchao is installed")
+    with pytest.raises(InputError, match="pip install torchao"):
+        adamw(model, OptimConfig(state="8bit"))
+
+
+def test_rate_is_set_where_it_is_kept() -> None:
+    for rate in (0.5, torch.tensor(0.5)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+        set_learning_rate(optimizer, 0.25)
+        assert float(optimizer.param_groups[0]["lr"]) == 0.25
+        assert isinstance(optimizer.param_groups[0]["lr"], type(rate))

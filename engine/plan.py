@@ -1,0 +1,273 @@
+"""What a training step takes, in bytes by item, before anything is loaded: from config alone.
+
+The largest step of a run is walked through with fake tensors, which have sizes and no memory; what
+is alive at its fullest moment is counted. Weights, moments and gathered units are arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unteach.engine.config import Config, override
+from unteach.engine.data.records import GOALS, Record, read_records
+from unteach.engine.data.sampler import Stream, rank_batches, share_contexts
+from unteach.engine.data.tokens import Batch, Example, collate, response_tokens, student_context
+from unteach.engine.live_bytes import LiveBytes
+from unteach.engine.model import (
+    DTYPES,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    blocks,
+    empty_model,
+    head_weight,
+    hidden_states,
+    load_tokenizer,
+    resolve_model,
+)
+from unteach.engine.train.lean_adamw import SLICE
+from unteach.engine.train.methods import find_method
+from unteach.engine.train.optim import choose_trainable
+from unteach.engine.train.recompute import checkpoint_blocks
+
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1 + 4 / 256}  # a scale for 256 codes
+HEAD_WORKSPACE = 16 * 2**20  # one tile, its peaks and one pool of candidates
+PAIR_BYTES = 12  # row, id and slope
+SWITCHES = (
+    ("parallel.checkpointing=selective", "some products are computed twice"),
+    ("parallel.checkpointing=full", "every block runs forward twice: a third more time"),
+    ("optim.accumulation=2", "micro-batches of half the size"),
+    ("optim.accumulation=4", "micro-batches of a quarter of the size"),
+    ("optim.state=bfloat16", "moments of 8 bits precision, rounded stochastically"),
+    ("model.dtype=bfloat16", "weights of 8 bits precision, rounded stochastically"),
+    ("optim.state=8bit", "moments in blocks of 256; needs torchao"),
+    ("parallel.cpu_offload=true", "state in host memory: every step moves it to the GPU and back"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank in the training stage.
+
+    Attributes:
+        items: name → bytes; they are not all alive at once.
+        peak: bytes of the fullest moment.
+    """
+
+    items: dict[str, int]
+    peak: int
+
+
+def plan(config: Config, gpus: int) -> Plan:
+    """What the largest training step of a config takes on each of `gpus` ranks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = resolve_model(config.model.path, Path(scratch))
+        tokenizer = load_tokenizer(path, config.model)
+        batch = largest_batch(config, gpus, tokenizer)
+        return plan_batch(config, gpus, path, batch)
+
+
+def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
+    """The same for a micro-batch that is already known."""
+    sharded = gpus > 1 or config.parallel.cpu_offload
+    parts = gpus // config.parallel.replicate if sharded else 1
+    compute = DTYPES[config.parallel.dtype]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _fake_model(path, config)
+        choose_trainable(model, config.optim)
+        stored = DTYPES[config.model.dtype].itemsize
+        every = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        units = _unit_bytes(model, compute.itemsize) if sharded else 0
+        head_elements = head_weight(model).numel()
+        checkpoint_blocks(blocks(model), config.parallel.checkpointing)
+        if sharded:
+            _replace_parameters(model, compute, torch.device("cpu"))
+        live = _step_bytes(config, model, batch, reduced=sharded)
+    rows = len(batch.position_N)
+    items = {
+        "weights": math.ceil(every * stored / parts),
+        "gradients": math.ceil(trained * stored / parts),
+        "optimiser": math.ceil(2 * trained * MOMENT_BYTES[config.optim.state] / parts),
+        "activations": live.activations,
+        "whole units": units,
+        "head workspace": HEAD_WORKSPACE + rows * 2 * config.method.k * PAIR_BYTES,
+        **_teacher_bytes(config, model, rows, head_elements),
+    }
+    lean = config.optim.state != "float32" or config.model.dtype != "float32"
+    update = items["gradients"] + (8 * 4 * SLICE if lean else 0)
+    held = items["weights"] + items["optimiser"] + items["teacher head"] + items["teacher rows"]
+    if config.parallel.cpu_offload:
+        held = items["teacher head"] + items["teacher rows"]
+        update = 0
+    step = live.peak + units + (items["gradients"] if sharded and update else 0)
+    return Plan(items, held + max(step, update))
+
+
+def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """The micro-batch of the longest records that `data.mix` can bring together in a step."""
+    records = [r for r in read_records(Path(config.data.path)) if r.split == "train"]
+    chosen: list[Example] = []
+    for goal in GOALS:
+        rows = [_example(config, tokenizer, r) for r in records if r.goal == goal]
+        rows.sort(key=lambda e: len(e.context) + len(e.response), reverse=True)
+        count = config.data.mix.get(goal, 0)
+        chosen += (rows * math.ceil(count / max(len(rows), 1)))[:count] if rows else []
+    plain = config.parallel.checkpointing == "off" and not config.parallel.compile
+    if gpus == 1 and plain and config.data.pack_tokens is None:
+        chosen = list(share_contexts([Stream(tuple(chosen), len(chosen))])[0].examples)
+    first_only = config.method.positions == "first"
+    batches = [
+        collate(part, first_only=first_only, pack_tokens=config.data.pack_tokens)
+        for rank in range(gpus)
+        for part in rank_batches(chosen, rank, gpus, config.optim.accumulation)
+        if part
+    ]
+    return max(batches, key=lambda b: b.tokens_BT.numel())
+
+
+def remedies(config: Config, gpus: int, limit: int) -> tuple[list[str], Plan]:
+    """The cheapest switches that make a config fit into `limit` bytes, or all that help."""
+    chosen: list[str] = []
+    best = plan(config, gpus)
+    for setting, _ in SWITCHES:
+        if best.peak <= limit:
+            break
+        tried = plan(override(config, [*chosen, setting]), gpus)
+        if tried.peak < best.peak:
+            name = setting.partition("=")[0]
+            chosen = [s for s in chosen if not s.startswith(f"{name}=")] + [setting]
+            best = tried
+    for setting in list(chosen):
+        fewer = [s for s in chosen if s != setting]
+        tried = plan(override(config, fewer), gpus)
+        if tried.peak <= limit:
+            chosen, best = fewer, tried
+    return chosen, best
+
+
+@dataclass(frozen=True)
+class _Live:
+    peak: int  # gradients included, where they are not reduced away
+    activations: int  # kept from the forward pass for the backward pass
+
+
+def _step_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduced: bool) -> _Live:
+    """One forward and backward pass, counted."""
+    if reduced:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop)
+    model.train()
+    slots = 2 * config.method.k
+    mixed = not reduced and config.parallel.dtype == "bfloat16"
+    with LiveBytes() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        hidden_BTD = hidden_states(model, batch.tokens_BT, batch.prefix_P, batch.place_BT)
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N]
+        activations = live.now
+        weight_VD = head_weight(model).to(hidden_ND.dtype)
+        loss: Tensor = _HeadStandIn.apply(hidden_ND, weight_VD, slots)
+        loss.backward()
+    return _Live(live.peak, activations)
+
+
+def _fake_model(path: str, config: Config) -> PreTrainedModel:
+    """A model whose tensors claim to be on a CPU; to be called, and used, inside the fake mode."""
+    model = empty_model(path, config.model)
+    _replace_parameters(model, DTYPES[config.model.dtype], torch.device("cpu"))
+    return model
+
+
+def _replace_parameters(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """New parameters of the same shapes; `Module.to` cannot swap fake tensors."""
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            new = torch.empty(old.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    model.tie_weights()
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _HeadStandIn(torch.autograd.Function):
+    """Allocates what the fused loss allocates."""
+
+    @staticmethod
+    def forward(context: Any, hidden_ND: Tensor, head_VD: Tensor, slots: int) -> Tensor:
+        context.head = head_VD
+        context.gradient = torch.zeros(hidden_ND.shape, dtype=torch.float32)
+        context.pairs = torch.zeros(len(hidden_ND), slots * PAIR_BYTES, dtype=torch.uint8)
+        torch.zeros(HEAD_WORKSPACE, dtype=torch.uint8)
+        context.dtype = hidden_ND.dtype
+        return hidden_ND.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(context: Any, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        wants = context.needs_input_grad[1]
+        head = torch.zeros_like(context.head) if wants else None
+        return context.gradient.to(context.dtype), head, None
+
+
+def _unit_bytes(model: PreTrainedModel, itemsize: int) -> int:
+    """Two whole blocks, the root and the head, and what one has yet to reduce in float32."""
+    block = max(sum(p.numel() for p in layer.parameters()) for layer in blocks(model))
+    head = head_weight(model).numel()
+    return (2 * block + head) * itemsize + max(block, head) * 4
+
+
+def _teacher_bytes(
+    config: Config, model: PreTrainedModel, rows: int, head_elements: int
+) -> dict[str, int]:
+    """The frozen head, and the rows of this micro-batch and of the one on its way."""
+    if not find_method(config.method.name).reads_teacher:
+        return {"teacher head": 0, "teacher rows": 0}
+    size = DTYPES[config.teacher.dtype].itemsize
+    width = head_weight(model).shape[1]
+    vocab = head_elements // width
+    ids = 8 * config.teacher.top  # an id and its logit
+    row = {
+        "hidden": width * size + ids,
+        "logits": vocab * DTYPES[config.teacher.logits_dtype].itemsize + 4 * config.teacher.top,
+        "topk": ids,
+    }[config.teacher.form]
+    head = head_elements * size if config.teacher.form == "hidden" else 0
+    return {"teacher head": head, "teacher rows": 2 * rows * row}
+
+
+def _example(config: Config, tokenizer: PreTrainedTokenizerBase, record: Record) -> Example:
+    """A record as the student may see it at its longest."""
+    context = tuple(student_context(tokenizer, record))
+    kind = config.teacher.response[record.goal]
+    if kind == "teacher":
+        response: Sequence[int] = [0] * (config.teacher.max_new_tokens + 1)
+    else:
+        answer = record.answer if kind == "gold" else config.teacher.refusal
+        response = response_tokens(tokenizer, answer or "", prefix=record.prefix)
+    return Example(record.id, record.goal, context, tuple(response), 0)
+
+
+def lines(config: Config, gpus: int, limit: int) -> Iterator[str]:
+    """What `unteach plan` prints: the items, the peak, and which switches make it fit."""
+    made = plan(config, gpus)
+    for name, size in made.items.items():
+        yield f"{name:<16}{size / 2**30:10.3f} GiB"
+    yield f"{'peak of a step':<16}{made.peak / 2**30:10.3f} GiB on each of {gpus}"
+    if made.peak <= limit:
+        yield f"It fits into {limit / 2**30:g} GiB."
+        return
+    chosen, best = remedies(config, gpus, limit)
+    why = dict(SWITCHES)
+    for setting in chosen:
+        yield f"--set {setting:<36} {why[setting]}"
+    verdict = "fits into" if best.peak <= limit else "still does not fit into"
+    yield f"With these it takes {best.peak / 2**30:.3f} GiB and {verdict} {limit / 2**30:g} GiB."

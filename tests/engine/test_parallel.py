@@ -1,0 +1,150 @@
+"""What a rank holds: its own shards of a model, and blocks that recompute what they are told to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from unteach.engine.attention import check_attention
+from unteach.engine.config import ModelConfig, ParallelConfig
+from unteach.engine.data.bytes_tokenizer import byte_tokenizer
+from unteach.engine.errors import InputError
+from unteach.engine.live_bytes import LiveBytes
+from unteach.engine.model import export_model, hidden_states, load_model, tiny_model
+from unteach.engine.train.parallel import WRAPPED, World, check_parallel, shard_model
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+WATCH_A_LOAD = """
+import sys
+from pathlib import Path
+import torch
+from unteach.engine.config import Config, ModelConfig
+from unteach.engine.model import load_tokenizer, load_model
+from unteach.engine.train.checkpoint import model_state
+from unteach.engine.train.loop import Job, prepare_model
+from unteach.engine.train.parallel import joined
+
+def peak_kib(reset):
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+torch.set_num_threads(1)
+config = Config(model=ModelConfig(path=sys.argv[1]))
+with joined("cpu", 1) as world:
+    tokenizer = load_tokenizer(sys.argv[1], config.model)
+    small, big = (Job("t", config, path, tokenizer, (), None, Path()) for path in sys.argv[3:0:-2])
+    prepare_model(small, world)  # imports and process groups are no part of the model
+    before = peak_kib(reset=True)
+    model, _, _ = prepare_model(big, world)
+    grown = 1024 * (peak_kib(reset=False) - before)
+    expected = load_model(sys.argv[1], config.model)
+    wanted = {**expected.state_dict(), **dict(expected.named_buffers())}
+    for name, value in {**model_state(model), **dict(model.named_buffers())}.items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        assert torch.equal(whole, wanted[name]), name
+    Path(sys.argv[2], f"rank{world.rank}").write_text(str(grown))
+    world.wait()
+"""
+
+
+def big_model(folder: Path, *, tied: bool) -> int:
+    """A folder with 140 MB of random weights, no tensor over 5 MB; returns the bytes."""
+    tokenizer = byte_tokenizer()
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=14,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    export_model(model, tokenizer, model.state_dict(), folder)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_rank_ever_holds_the_whole_model(tmp_path: Path, tied: bool) -> None:
+    whole = big_model(tmp_path / "model", tied=tied)
+    small = str(tiny_model(tmp_path / "tiny", tied=tied))
+    script = tmp_path / "watch.py"
+    script.write_text(WATCH_A_LOAD, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(tmp_path / "model"), str(tmp_path), small],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        grown = int((tmp_path / f"rank{rank}").read_text(encoding="utf-8"))
+        assert 0.45 * whole < grown < 0.75 * whole
+
+
+def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
+    tokens_BT = torch.arange(24).reshape(2, 12)
+    loss = hidden_states(model, tokens_BT).square().mean()
+    loss.backward()
+    grads = {n.replace(WRAPPED, ""): p.grad for n, p in model.named_parameters()}
+    return float(loss.detach()), {name: grad for name, grad in grads.items() if grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["full", 2, "selective"])
+def test_recomputing_blocks_changes_nothing_and_keeps_less(tmp_path: Path, mode: str | int) -> None:
+    path = str(tiny_model(tmp_path / "tiny", tied=True))
+    plain = load_model(path, ModelConfig())
+    lean = load_model(path, ModelConfig())
+    shard_model(lean, ParallelConfig(checkpointing=mode), ALONE)  # type: ignore[arg-type]
+    loss, grads = gradients(plain)
+    lean_loss, lean_grads = gradients(lean)
+    assert lean_loss == loss
+    assert grads.keys() == lean_grads.keys()
+    assert all(torch.equal(lean_grads[name], grad) for name, grad in grads.items())
+
+
+def test_modes_keep_full_less_than_selective_less_than_off(tmp_path: Path) -> None:
+    path = str(tiny_model(tmp_path / "tiny", tied=True))
+    kept = {}
+    for mode in ("off", 2, "selective", "full"):
+        model = load_model(path, ModelConfig())
+        shard_model(model, ParallelConfig(checkpointing=mode), ALONE)  # type: ignore[arg-type]
+        with LiveBytes() as live:
+            hidden = hidden_states(model, torch.arange(512).remainder(250).reshape(2, 256))
+            kept[mode] = live.now
+        assert hidden.requires_grad
+    assert kept["full"] < kept["selective"] < kept["off"]
+    assert kept["full"] < kept[2] < kept["off"]
+
+
+def test_what_cannot_work_here_is_one_sentence() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(InputError, match=r"cpu_offload moves state from a GPU"):
+        check_parallel(ParallelConfig(cpu_offload=True), ALONE)
+    with pytest.raises(InputError, match=r"torchrun"):
+        gpu = World(0, 1, torch.device("cuda"), None)
+        check_parallel(ParallelConfig(cpu_offload=True), gpu)
+    check_parallel(ParallelConfig(), ALONE)
+    with pytest.raises(InputError, match=r"no backward pass on a CPU"):
+        check_attention("flex_attention", cpu)
+    for name, remedy in {
+        "flash_attention_2": r"unteach\[flash\]",
+        "flash_attention_3": "hopper",
+        "flash_attention_4": r"unteach\[fa4\]",
+    }.items():
+        with pytest.raises(InputError, match=f"{name} is not installed.*{remedy}.*sdpa"):
+            check_attention(name, torch.device("cuda"))
+    assert check_attention("sdpa", cpu).startswith("sdpa of torch")
