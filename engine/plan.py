@@ -39,7 +39,7 @@ from unteach.engine.train.optim import choose_trainable
 from unteach.engine.train.recompute import checkpoint_blocks
 
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1 + 4 / 256}  # a scale for 256 codes
-HEAD_WORKSPACE = 16 * 2**20  # one tile, its peaks and one pool of candidates
+HEAD_WORKSPACE = 2**19 * 25 // 2  # a tile, its peaks and a pool of candidates: topk_filter.py
 PAIR_BYTES = 12  # row, id and slope
 SWITCHES = (
     ("parallel.checkpointing=selective", "some products are computed twice"),
@@ -271,5 +271,3 @@ def lines(config: Config, gpus: int, limit: int) -> Iterator[str]:
         yield f"--set {setting:<36} {why[setting]}"
     verdict = "fits into" if best.peak <= limit else "still does not fit into"
     yield f"With these it takes {best.peak / 2**30:.3f} GiB and {verdict} {limit / 2**30:g} GiB."
-
-
