@@ -39,7 +39,7 @@ from unteach.engine.train.optim import choose_trainable
 from unteach.engine.train.recompute import checkpoint_blocks
 
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1 + 4 / 256}  # a scale for 256 codes
-HEAD_WORKSPACE = 16 * 2**20  # one tile, its peaks and one pool of candidates
+HEAD_WORKSPACE = 2**19 * 25 // 2  # a tile, its peaks and a pool of candidates: topk_filter.py
 PAIR_BYTES = 12  # row, id and slope
 SWITCHES = (
     ("parallel.checkpointing=selective", "some products are computed twice"),

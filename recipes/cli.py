@@ -290,6 +290,31 @@ def stopping() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@app.command()
+def plan(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one GPU each")] = 1,
+    memory: Annotated[float, typer.Option(min=0, help="memory of each GPU, GiB")] = 80.0,
+    debug: Debug = False,
+) -> None:
+    """Say what a training step takes, and which switches make it fit; nothing is loaded.
+
+    Example: unteach plan quickstart --gpus 8 --memory 80
+    """
+    resolved = resolve(recipe, config, settings)
+    from unteach.engine.plan import lines
+
+    if gpus % resolved.parallel.replicate:
+        raise InputError(
+            f"parallel.replicate is {resolved.parallel.replicate}, which does not divide {gpus} "
+            "GPUs: give a multiple with --gpus."
+        )
+    for line in lines(resolved, gpus, int(memory * 2**30)):
+        typer.echo(line)
+
+
 @contextmanager
 def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
     """Resolve the config, join the other processes, open the run folder."""
