@@ -170,6 +170,17 @@ def test_rwku_keeps_its_protocol(tmp_path: Path) -> None:
     assert third["affirmative suffix"].goal == "forget"
 
 
+def test_a_test_that_asks_a_trained_question_after_a_prefix_is_left_out(tmp_path: Path) -> None:
+    folder = folder_of("rwku", tmp_path)
+    same = [{**row, "level": "3"} for row in rwku(2, "simple question", 20)]
+    save(folder / "forget_level3.jsonl", [*same, *rwku(3, "role playing", 4)])
+    found = collect(SourceSettings(source="rwku", path=str(folder)))
+    plain = [r for r in found.records if r.goal == "forget" and r.meta["level"] == "2"]
+    trained = sum(r.split == "train" for r in plain)
+    assert found.rejects.counts["test question that is trained"] == trained > 0
+    check_whole(found, tmp_path)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_hub_is_cached_or_streamed_at_one_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
