@@ -92,12 +92,10 @@ def load_tokenizer(path: str, config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         InputError: it cannot be loaded or has no chat template.
     """
-    try:
+    with _one_sentence(path, config):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise InputError(_unreachable(path, error)) from error
     if not tokenizer.chat_template:
         raise InputError(f"The tokenizer of {path} has no chat template: use a chat model.")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -178,7 +176,8 @@ def _one_sentence(path: str, config: ModelConfig) -> Iterator[None]:
             f"({str(error).splitlines()[0]}): {attention_remedy(config.attention)}."
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(_unreachable(path, error)) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"Model {path} cannot be loaded: {reason}") from error
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -401,8 +400,3 @@ def _dequantize() -> dict[str, Any]:
 
 def _cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unteach"
-
-
-def _unreachable(path: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"Model {path} cannot be loaded: {reason}"

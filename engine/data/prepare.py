@@ -25,7 +25,7 @@ def prepared(settings: SourceSettings, folder: Path) -> Path:
 def prepare(settings: SourceSettings, folder: Path) -> None:
     """Make records, their sheet and the list of what was left out; skip what is made already.
 
-    The commit of a hub data set is written down with them, and a second run keeps to it.
+    The commit of a hub data set is written down with them; `data.revision` fixes one.
 
     Raises:
         InputError: the source cannot be read, or other settings made what is there.

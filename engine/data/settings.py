@@ -41,8 +41,8 @@ class SourceSettings(Section):
     )
     revision: str | None = Field(
         None,
-        description="git revision of a hub data set; None = the newest at the first run, whose "
-        "commit later runs keep to",
+        description="git revision of a hub data set; None = the newest, whose commit is written "
+        "into data/source.json",
     )
     streaming: bool = Field(
         False, description="read hub rows as they come instead of into the datasets cache"
