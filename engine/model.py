@@ -32,11 +32,7 @@ from transformers import (
 )
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    logging,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from unteach.engine.attention import attention_remedy
 from unteach.engine.config import ModelConfig
