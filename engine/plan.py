@@ -174,7 +174,7 @@ def _step_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduced
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N]
         activations = live.now
         weight_VD = head_weight(model).to(hidden_ND.dtype)
-        loss: Tensor = _HeadStandIn.apply(hidden_ND, weight_VD, slots)  # type: ignore[no-untyped-call]
+        loss: Tensor = _HeadStandIn.apply(hidden_ND, weight_VD, slots)
         loss.backward()
     return _Live(live.peak, activations)
 
@@ -219,7 +219,7 @@ class _HeadStandIn(torch.autograd.Function):
 
 
 def _unit_bytes(model: PreTrainedModel, itemsize: int) -> int:
-    """Two whole blocks, the root and the head, and what one of them has yet to reduce in float32."""
+    """Two whole blocks and the head, and what one of them has yet to reduce in float32."""
     block = max(sum(p.numel() for p in layer.parameters()) for layer in blocks(model))
     head = head_weight(model).numel()
     return (2 * block + head) * itemsize + max(block, head) * 4
