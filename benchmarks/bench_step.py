@@ -3,6 +3,8 @@
 `unteach` reads the teacher from cached rows and runs the head on supervised positions only;
 `unteach-checkpointing` recomputes every block in the backward pass as well.
 `eager` keeps the teacher in memory, makes [B, T, V] logits of both, and lets autograd do the rest.
+`open-unlearning` is the loop of that project's trainer: a reference model in memory, full logits of
+both cast to float32, and cross-entropy with a KL term over all of them.
 Each runs in a process of its own, because a process's peak memory never comes down.
 
     python -m unteach.benchmarks.bench_step --preset smollm2-135m --device cpu
@@ -36,7 +38,9 @@ PRESETS = {
     "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, True),
     "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8, False),
 }
-PROVIDERS = ("unteach", "unteach-checkpointing", "eager")
+PROVIDERS = ("unteach", "unteach-checkpointing", "eager", "open-unlearning")
+# Dense bf16 FLOP/s without sparsity, as the makers state them.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def build(preset: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -99,6 +103,59 @@ def eager_loss(model: PreTrainedModel, tokens_BT: Tensor, k: int) -> Callable[[]
     return loss
 
 
+def open_unlearning_loss(model: PreTrainedModel, tokens_BT: Tensor, k: int) -> Callable[[], Tensor]:
+    """Cross-entropy on the second half, and KL to a reference model kept beside the student."""
+    with tokens_BT.device:
+        reference = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    half = tokens_BT.shape[1] // 2
+    labels_BT = tokens_BT.clone()
+    labels_BT[:, :half] = -100
+
+    def loss() -> Tensor:
+        output = model(input_ids=tokens_BT, labels=labels_BT, use_cache=False)
+        with torch.no_grad():
+            theirs = reference(input_ids=tokens_BT, use_cache=False).logits
+        ours_logp, their_logp = (
+            output.logits.float().log_softmax(-1),
+            theirs.float().log_softmax(-1),
+        )
+        kl = torch.nn.functional.kl_div(ours_logp, their_logp, reduction="sum", log_target=True)
+        total: Tensor = output.loss + kl / tokens_BT.numel()
+        return total
+
+    return loss
+
+
+def model_flops(model: PreTrainedModel, sequences: int, tokens: int) -> float:
+    """FLOPs of one step that the model itself asks for: 6 a weight and token, and attention.
+
+    The head is counted on the supervised half; what is computed twice, or by a teacher, is not.
+    """
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    tied = config.tie_word_embeddings
+    body = sum(p.numel() for p in model.parameters()) - head * (1 if tied else 2)
+    width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    attention = 6 * config.num_hidden_layers * width * tokens  # causal: half of 12
+    return float(sequences * tokens * (6 * body + 3 * head + attention))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known card; None for others and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
+LOSSES = {
+    "unteach": unteach_loss,
+    "unteach-checkpointing": unteach_loss,
+    "eager": eager_loss,
+    "open-unlearning": open_unlearning_loss,
+}
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Median step time and peak memory of one provider, in this process."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -108,11 +165,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.provider == "unteach-checkpointing":
         shard_model(model, ParallelConfig(checkpointing="full"), World(0, 1, device, None))
     model.train()
-    optimizer = adamw(model, OptimConfig(lr=1e-6))
+    optimizer = adamw(model, OptimConfig(lr=1e-6, state=options.state))
     shape = (options.sequences, options.tokens)
     tokens_BT = torch.randint(0, PRESETS[options.preset][0], shape, device=device)
-    make = eager_loss if options.provider == "eager" else unteach_loss
-    loss = make(model, tokens_BT, options.k)
+    loss = LOSSES[options.provider](model, tokens_BT, options.k)
     times = []
     for _ in range(options.steps + 1):
         start = time.perf_counter()
@@ -125,6 +181,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     peak = peak_mib(device)
     median = statistics.median(times[1:])
+    flops, best = model_flops(model, options.sequences, options.tokens), peak_flops(device)
+    best = best if options.dtype == "bfloat16" else None
+    moments = sum(
+        value.numel() * value.element_size() / 2**20
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name.startswith("exp_avg")
+    )
+    held = 2 * parameters + moments
     return {
         "preset": options.preset,
         "provider": options.provider,
@@ -132,15 +197,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "k": options.k,
         "dtype": options.dtype,
+        "state": options.state,
         "median_ms": median,
         "min_ms": min(times[1:]),
         "max_ms": max(times[1:]),
         "tokens_per_second": 1e3 * options.sequences * options.tokens / median,
+        "model_tflops": flops / median / 1e9,
+        "mfu": flops / median * 1e3 / best if best else None,
         "peak_mib": peak,
         # the process before the model; weights, gradients and AdamW's two moments; the rest
         "before_mib": before,
-        "state_mib": 4 * parameters,
-        "above_state_mib": peak - before - 4 * parameters,
+        "state_mib": held,
+        "above_state_mib": peak - before - held,
     }
 
 
@@ -151,6 +219,7 @@ def main() -> None:
     parser.add_argument("--provider", choices=PROVIDERS, help="measure this one here, print JSON")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--state", default="float32", choices=("float32", "bfloat16", "8bit"))
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--k", type=int, default=32)
