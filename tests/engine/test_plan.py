@@ -17,7 +17,7 @@ from unteach.engine.model import (
     tiny_model,
 )
 from unteach.engine.plan import largest_batch, lines, plan, plan_batch
-from unteach.engine.train.optim import adamw
+from unteach.engine.train.optim import adamw, choose_trainable
 from unteach.engine.train.parallel import World, shard_model
 from unteach.kernels.bitopk import HiddenTeacher, bitopk_loss
 from unteach.kernels.linear_topk import linear_topk
@@ -28,6 +28,7 @@ def measured(config: Config, path: str) -> tuple[int, int]:
     """Peak bytes of tensors in one step, weights and moments included, and planned ones."""
     batch = largest_batch(config, 1, load_tokenizer(path, config.model))
     model = load_model(path, config.model)
+    choose_trainable(model, config.optim)
     shard_model(model, config.parallel, World(0, 1, torch.device("cpu"), None))
     model.train()
     width = head_weight(model).shape[1]
