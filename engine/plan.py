@@ -37,9 +37,10 @@ from unteach.engine.train.lean_adamw import SLICE
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import choose_trainable
 from unteach.engine.train.recompute import checkpoint_blocks
+from unteach.kernels.candidate_pool import pool_capacity
+from unteach.kernels.topk_filter import TILE_ELEMENTS, tile_width
 
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1 + 4 / 256}  # a scale for 256 codes
-HEAD_WORKSPACE = 2**19 * 25 // 2  # a tile, its peaks and a pool of candidates: topk_filter.py
 PAIR_BYTES = 12  # row, id and slope
 SWITCHES = (
     ("parallel.checkpointing=selective", "some products are computed twice"),
@@ -91,15 +92,16 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
         checkpoint_blocks(blocks(model), config.parallel.checkpointing)
         if sharded:
             _replace_parameters(model, compute, torch.device("cpu"))
-        live = _step_bytes(config, model, batch, reduced=sharded)
-    rows = len(batch.position_N)
+        rows = len(batch.position_N)
+        workspace = _workspace(rows, config.method.k, head_weight(model).shape[0])
+        live = _step_bytes(config, model, batch, workspace, reduced=sharded)
     items = {
         "weights": math.ceil(every * stored / parts),
         "gradients": math.ceil(trained * stored / parts),
         "optimiser": math.ceil(2 * trained * MOMENT_BYTES[config.optim.state] / parts),
         "activations": live.activations,
         "whole units": units,
-        "head workspace": HEAD_WORKSPACE + rows * 2 * config.method.k * PAIR_BYTES,
+        "head workspace": workspace + rows * 2 * config.method.k * PAIR_BYTES,
         **_teacher_bytes(config, model, rows, head_elements),
     }
     lean = config.optim.state != "float32" or config.model.dtype != "float32"
@@ -160,7 +162,16 @@ class _Live:
     activations: int  # kept from the forward pass for the backward pass
 
 
-def _step_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduced: bool) -> _Live:
+def _workspace(rows: int, k: int, vocab: int) -> int:
+    """One tile, its peaks and one pool of candidates, as topk_filter.py cuts them."""
+    tile, pool = tile_width(k, vocab), pool_capacity(k)
+    block = min(rows, max(1, TILE_ELEMENTS // max(tile, pool)))
+    return block * (4 * tile + tile // 2 + 8 * pool)
+
+
+def _step_bytes(
+    config: Config, model: PreTrainedModel, batch: Batch, workspace: int, *, reduced: bool
+) -> _Live:
     """One forward and backward pass, counted."""
     if reduced:
         for parameter in model.parameters():
@@ -174,7 +185,7 @@ def _step_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduced
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N]
         activations = live.now
         weight_VD = head_weight(model).to(hidden_ND.dtype)
-        loss: Tensor = _HeadStandIn.apply(hidden_ND, weight_VD, slots)
+        loss: Tensor = _HeadStandIn.apply(hidden_ND, weight_VD, slots, workspace)
         loss.backward()
     return _Live(live.peak, activations)
 
@@ -203,19 +214,21 @@ class _HeadStandIn(torch.autograd.Function):
     """Allocates what the fused loss allocates."""
 
     @staticmethod
-    def forward(context: Any, hidden_ND: Tensor, head_VD: Tensor, slots: int) -> Tensor:
+    def forward(
+        context: Any, hidden_ND: Tensor, head_VD: Tensor, slots: int, workspace: int
+    ) -> Tensor:
         context.head = head_VD
         context.gradient = torch.zeros(hidden_ND.shape, dtype=torch.float32)
         context.pairs = torch.zeros(len(hidden_ND), slots * PAIR_BYTES, dtype=torch.uint8)
-        torch.zeros(HEAD_WORKSPACE, dtype=torch.uint8)
+        torch.zeros(workspace, dtype=torch.uint8)
         context.dtype = hidden_ND.dtype
         return hidden_ND.new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(context: Any, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(context: Any, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         wants = context.needs_input_grad[1]
         head = torch.zeros_like(context.head) if wants else None
-        return context.gradient.to(context.dtype), head, None
+        return context.gradient.to(context.dtype), head, None, None
 
 
 def _unit_bytes(model: PreTrainedModel, itemsize: int) -> int:

@@ -17,7 +17,7 @@ from unteach.engine.model import (
     tiny_model,
 )
 from unteach.engine.plan import largest_batch, lines, plan, plan_batch
-from unteach.engine.train.optim import adamw
+from unteach.engine.train.optim import adamw, choose_trainable
 from unteach.engine.train.parallel import World, shard_model
 from unteach.kernels.bitopk import HiddenTeacher, bitopk_loss
 from unteach.kernels.linear_topk import linear_topk
@@ -28,6 +28,7 @@ def measured(config: Config, path: str) -> tuple[int, int]:
     """Peak bytes of tensors in one step, weights and moments included, and planned ones."""
     batch = largest_batch(config, 1, load_tokenizer(path, config.model))
     model = load_model(path, config.model)
+    choose_trainable(model, config.optim)
     shard_model(model, config.parallel, World(0, 1, torch.device("cpu"), None))
     model.train()
     width = head_weight(model).shape[1]
@@ -51,15 +52,18 @@ def measured(config: Config, path: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [(), ("parallel.checkpointing=full",), ("data.pack_tokens=400", "optim.trainable=.*mlp.*")],
-    ids=["off", "full", "packed-mlp"],
+    ("settings", "tolerance"),
+    # Recomputing leaves so little that the head's workspace, planned at its largest, shows.
+    [((), 0.05), (("parallel.checkpointing=full",), 0.12)],
+    ids=["off", "full"],
 )
-def test_peak_of_a_real_step_is_the_planned_one(tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_peak_of_a_real_step_is_the_planned_one(
+    tmp_path: Path, settings: tuple[str, ...], tolerance: float
+) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=False))
-    more = ('data.mix={"forget": 16, "general": 48}',)
+    more = ('data.mix={"forget": 4, "general": 20}',)
     found, planned = measured(override(tiny(), [*settings, *more]), path)
-    assert planned == pytest.approx(found, rel=0.10)
+    assert planned == pytest.approx(found, rel=tolerance)
 
 
 def test_items_follow_their_arithmetic() -> None:
