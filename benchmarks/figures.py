@@ -25,6 +25,7 @@ Case = dict[str, Row]
 
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- figures:kernels -->", "<!-- /figures:kernels -->"
+MEMORY = "<!-- figures:memory -->", "<!-- /figures:memory -->"
 SAME_CASE = ("device", "threads", "preset", "dtype", "inputs", "tokens", "k", "overlap", "drift")
 OURS = ("unteach", "unteach-noseeds", "unteach-other")
 # Okabe-Ito; what computes another loss is grey and hatched, or dashed.
@@ -284,14 +285,39 @@ def block(cases: Sequence[Case], paths: Sequence[Path], folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def rewrite(readme: Path, text: str) -> bool:
-    """Put the text between the markers; False where the file has none."""
+def memory_block(rows: Sequence[Row]) -> str:
+    """Peak memory and time of a whole training step, the last row of each provider."""
+    last = {row["provider"]: row for row in rows}
+    row = next(iter(last.values()))
+    lines = [
+        "| | peak, MiB | above weights, gradients and AdamW state, MiB | seconds a step |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, found in last.items():
+        cells = (found["peak_mib"], found["above_state_mib"])
+        seconds = f"{found['median_ms'] / 1e3:.1f}"
+        lines.append(f"| `{name}` | {cells[0]:.0f} | {cells[1]:.0f} | {seconds} |")
+    lines += [
+        "",
+        f"{row['preset']}, {row['sequences']} sequences of {row['tokens']} tokens, {row['dtype']}, "
+        f"on {row['device']} (threads: {row['threads']}), torch {row['versions']['torch']}, commit "
+        f"`{row['commit']}`, each in a process of its own, by `python -m "
+        f"unteach.benchmarks.bench_step --preset {row['preset']}`. `eager`: [B, T, V] logits of "
+        "the student and of a teacher in memory; `open-unlearning`: cross-entropy and KL to a "
+        "reference model in memory.",
+    ]
+    return "\n".join(lines)
+
+
+def rewrite(readme: Path, text: str, begin: str = BEGIN, end: str = END) -> bool:
+    """Put the text between two markers; False, and a word of it, where the file lacks them."""
     content = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if BEGIN not in content or END not in content:
+    if begin not in content or end not in content:
+        print(f"{readme.name} has no block {begin} … {end}")
         return False
-    before, rest = content.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    before, rest = content.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
     return True
 
 
@@ -308,10 +334,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = pictures(cases, folder)
     tables = "\n\n".join(full_table(case) for case in cases)
     (folder / "bitopk.md").write_text(f"## The fused loss\n\n{tables}\n", encoding="utf-8")
-    done = rewrite(options.readme, block(cases, paths, "benchmarks/results"))
+    rewrite(options.readme, block(cases, paths, "benchmarks/results"))
     print(f"{len(cases)} cases, {len(paths)} pictures in {folder}")
-    if not done:
-        print(f"{options.readme.name} has no block {BEGIN} … {END}")
+    if steps := read_rows(folder / "bench_step.jsonl"):
+        rewrite(options.readme, memory_block(steps), *MEMORY)
 
 
 if __name__ == "__main__":
