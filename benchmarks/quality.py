@@ -79,7 +79,8 @@ def block(rows: Sequence[Row]) -> str:
             ]
             total = " / ".join(_overall(row) for row in same)
             lines.append(f"| {NAMES[method]}, seeds {seeds} | {' | '.join(cells)} | {total} |")
-    commits = ", ".join(f"`{commit[:7]}`" for commit in dict.fromkeys(r["commit"] for r in rows))
+    known = dict.fromkeys(row["commit"] or "unknown" for row in rows)
+    commits = ", ".join(f"`{commit[:7]}`" for commit in known)
     last = rows[-1]
     lines += [
         "",
