@@ -239,14 +239,18 @@ def device_slug(row: Row) -> str:
     return row["device"].replace("NVIDIA ", "").replace(" ", "-").lower() if on_gpu(row) else "cpu"
 
 
-def pictures(cases: Sequence[Case], folder: Path) -> list[Path]:
-    """One picture for each head, device, dtype and K; of sweeps over tokens, for each input too."""
+def pictures(cases: Sequence[Case], folder: Path) -> tuple[list[Path], list[Path]]:
+    """One picture for each head, device, dtype and K; of sweeps over tokens, for each input too.
+
+    Returns:
+        All of them, and those that show more than one number of tokens.
+    """
     groups: dict[str, list[Case]] = {}
     for case in cases:
         row = case["unteach"]
         name = f"bitopk-{row['preset']}-{device_slug(row)}-k{row['k']}-{row['dtype']}"
         groups.setdefault(name, []).append(case)
-    paths = []
+    paths, sweeps = [], []
     for name, group in groups.items():
         split = {name: group}
         if len({case["unteach"]["tokens"] for case in group}) > 1:
@@ -258,7 +262,9 @@ def pictures(cases: Sequence[Case], folder: Path) -> list[Path]:
         for each, part in split.items():
             paths.append(folder / f"{each}.png")
             draw(part, paths[-1])
-    return paths
+            if len({case["unteach"]["tokens"] for case in part}) > 1:
+                sweeps.append(paths[-1])
+    return paths, sweeps
 
 
 def block(cases: Sequence[Case], paths: Sequence[Path], folder: str) -> str:
@@ -331,10 +337,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = latest_cases(read_rows(folder / "bench_bitopk.jsonl"))
     if not cases:
         parser.error(f"{folder} holds no full comparison: run unteach.benchmarks.bench_bitopk")
-    paths = pictures(cases, folder)
-    tables = "\n\n".join(full_table(case) for case in cases)
-    (folder / "bitopk.md").write_text(f"## The fused loss\n\n{tables}\n", encoding="utf-8")
-    rewrite(options.readme, block(cases, paths, "benchmarks/results"))
+    paths, sweeps = pictures(cases, folder)
+    parts = [full_table(case) for case in cases] + [f"![{p.stem}]({p.name})" for p in paths]
+    text = "\n\n".join(parts)
+    (folder / "bitopk.md").write_text(f"## The fused loss\n\n{text}\n", encoding="utf-8")
+    rewrite(options.readme, block(cases, sweeps or paths, "benchmarks/results"))
     print(f"{len(cases)} cases, {len(paths)} pictures in {folder}")
     if steps := read_rows(folder / "bench_step.jsonl"):
         rewrite(options.readme, memory_block(steps), *MEMORY)
