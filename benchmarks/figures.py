@@ -310,7 +310,7 @@ def memory_block(rows: Sequence[Row]) -> str:
         f"`{row['commit']}`, each in a process of its own, by `python -m "
         f"unteach.benchmarks.bench_step --preset {row['preset']}`. `eager`: [B, T, V] logits of "
         "the student and of a teacher in memory; `open-unlearning`: cross-entropy and KL to a "
-        "reference model in memory.",
+        "reference model in memory. The second model's weights stand in the second column.",
     ]
     return "\n".join(lines)
 
