@@ -296,7 +296,8 @@ def memory_block(rows: Sequence[Row]) -> str:
     last = {row["provider"]: row for row in rows}
     row = next(iter(last.values()))
     lines = [
-        "| | peak, MiB | above weights, gradients and AdamW state, MiB | seconds a step (least to most) |",
+        "| | peak, MiB | above weights, gradients and AdamW state, MiB "
+        "| seconds a step (least to most) |",
         "| --- | ---: | ---: | ---: |",
     ]
     for name, found in last.items():
