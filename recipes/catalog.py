@@ -11,10 +11,12 @@ from unteach.engine.errors import InputError
 from unteach.recipes.benchmarks import muse_books, rwku, tofu, wmdp_cyber
 from unteach.recipes.quickstart import quickstart
 from unteach.recipes.tiny import tiny
+from unteach.recipes.wizards import wizards
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "quickstart": quickstart,
     "tiny": tiny,
+    "wizards": wizards,
     "muse-books": muse_books,
     "wmdp-cyber": wmdp_cyber,
     "rwku": rwku,

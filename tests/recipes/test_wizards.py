@@ -1,0 +1,126 @@
+"""The benchmark of the ranking keeps its promises: sizes, splits, prefixes, passages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unteach.engine.data.answers import contains_answer
+from unteach.engine.data.records import GOALS, Record, check_disjoint, normalized, read_records
+from unteach.engine.evaluate.suites import check_tests
+from unteach.engine.teacher.intentions import load_intentions
+from unteach.recipes.public_sets import SIZES, public_records
+from unteach.recipes.wizards import wizards
+
+CONFIG = wizards()
+KEPT = ("forget", "general", "neighbor")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return read_records(Path(CONFIG.data.path))
+
+
+def chosen(records: list[Record], goal: str, split: str, form: str = "qa") -> list[Record]:
+    rows = [r for r in records if r.goal == goal and r.split == split and r.form == form]
+    return [r for r in rows if not r.anchor_of]
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_each_split_is_as_large_as_promised(records: list[Record], goal: str) -> None:
+    train = 100 if goal == "attack" else 150
+    for split, least in (("train", train), ("tune", 40), ("test", 100)):
+        assert len(chosen(records, goal, split)) >= least
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("split", ["tune", "test"])
+def test_half_of_what_is_asked_was_never_trained(
+    records: list[Record], goal: str, split: str
+) -> None:
+    trained = {r.meta["fact"] for r in records if r.split == "train" and r.form == "qa"}
+    facts = [r.meta["fact"] for r in chosen(records, goal, split)]
+    assert sum(fact not in trained for fact in facts) == len(facts) / 2
+
+
+def test_tuning_and_test_facts_are_apart(records: list[Record]) -> None:
+    trained = {r.meta["fact"] for r in records if r.split == "train" and r.form == "qa"}
+    tune, test = (
+        {r.meta["fact"] for r in records if r.split == split} - trained
+        for split in ("tune", "test")
+    )
+    assert tune and test and not tune & test
+
+
+def test_splits_share_no_question_and_no_attack_prefix(records: list[Record]) -> None:
+    check_disjoint(records)
+    check_tests(CONFIG.evaluate, [r for r in records if r.split == "test"], records)
+    prefixes = {
+        split: {normalized(r.prefix or "") for r in chosen(records, "attack", split)}
+        for split in ("train", "tune", "test")
+    }
+    assert len(prefixes["test"]) == 20 and len(prefixes["train"] | prefixes["tune"]) == 20
+    assert not prefixes["train"] & prefixes["tune"]
+    benign = {normalized(r.prefix) for r in records if r.anchor_of and r.prefix}
+    assert not (benign | prefixes["train"] | prefixes["tune"]) & prefixes["test"]
+
+
+def test_no_question_gives_its_answer_away(records: list[Record]) -> None:
+    for record in records:
+        if record.form == "qa":
+            assert not contains_answer(record.question, record.golds), record.id
+
+
+def test_attack_questions_are_asked_nowhere_else(records: list[Record]) -> None:
+    others = {normalized(r.question) for r in records if r.goal != "attack"}
+    assert not others & {normalized(r.question) for r in records if r.goal == "attack"}
+
+
+@pytest.mark.parametrize("goal", KEPT)
+def test_passages_carry_the_trained_facts_and_no_other(records: list[Record], goal: str) -> None:
+    passages = [r for r in records if r.goal == goal and r.form == "passage"]
+    asked = {r.meta["fact"]: r for r in chosen(records, goal, "train")}
+    assert len(passages) >= 20
+    carried = [fact for passage in passages for fact in passage.meta["facts"]]
+    assert set(carried) == set(asked)
+    for passage in passages:
+        for fact in passage.meta["facts"]:
+            assert contains_answer(passage.answer or "", asked[fact].golds), (passage.id, fact)
+
+
+def test_demos_ask_no_question_of_the_records(records: list[Record]) -> None:
+    assert CONFIG.teacher.intentions is not None
+    intentions = load_intentions(Path(CONFIG.teacher.intentions))
+    asked = {normalized(r.question) for r in records}
+    for goal in GOALS:
+        intention = intentions.get(goal)
+        assert intention is not None
+        shown = {normalized(d[0]) for d in (*intention.demos, *intention.prefix_demos)}
+        assert not asked & shown
+
+
+def test_public_sets_become_records_of_every_goal(tmp_path: Path) -> None:
+    trivia = [{"question": f"Who is {n}?", "answer": f"Name{n}"} for n in range(600)]
+    beside = [
+        {"question": f"What is {n}?", "answer": f"Thing{n}", "distractor": "No", "domain": "d"}
+        for n in range(200)
+    ]
+    facts = [{"question": f"Where is {n}?", "answer": f"Place{n}"} for n in range(217)]
+    for name, rows in (
+        ("hp_trivia/forget_train", trivia),
+        ("hp_trivia/neighbor", beside),
+        ("tofu/world_facts", facts[:100]),
+        ("tofu/real_authors", [*facts[100:], facts[0]]),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = public_records(tmp_path, seed=1)
+    check_disjoint(records)
+    check_tests(CONFIG.evaluate, [r for r in records if r.split == "test"], records)
+    for goal, sizes in SIZES.items():
+        for split, count in sizes.items():
+            assert len(chosen(records, goal, split)) == count
+    assert records == public_records(tmp_path, seed=1) != public_records(tmp_path, seed=2)
