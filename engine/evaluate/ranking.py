@@ -66,6 +66,10 @@ class Trial:
     Attributes:
         inputs: digest of everything that made it; a trial of other inputs is another one.
         scores: as in summary.json.
+        settings: `section.key=value` that made it out of the recipe; rows that were written
+            before there were any have none.
+        questions: 0 to 100 for each question of each score, in the order that the protocol fixes;
+            None where its judge gave no verdict.
     """
 
     method: str
@@ -78,6 +82,8 @@ class Trial:
     scores: dict[str, dict[str, Any]]
     extra: dict[str, dict[str, Any]]
     cost: Cost | None
+    settings: list[str] = field(default_factory=list)
+    questions: dict[str, list[float | None]] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         """The five scores that there are, and `overall`."""
