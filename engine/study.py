@@ -55,15 +55,11 @@ def study(run: Run, factors: Sequence[Factor], seeds: int, split: Split) -> None
         done.append(Swept(name, base, tuple(scored)))
         if run.world.rank == 0:
             say(write_factor(trials.folder, done[-1]))
-    if run.world.rank == 0:
-        write_study(trials.folder, done)
-        say(f"study: {trials.folder / 'study.md'}")
+            say(f"study: {write_study(trials.folder, done)}")
     run.world.wait()
 
 
-def planned_levels(
-    trials: Trials, factor: Factor
-) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+def planned_levels(trials: Trials, factor: Factor) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """The levels in order, the default's settings empty, and what each makes.
 
     Where no level makes the recipe as it is, one is put before them.
