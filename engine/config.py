@@ -70,6 +70,11 @@ class DataConfig(SourceSettings):
         False,
         description="drop the forget and attack records that the base model does not answer",
     )
+    anchors: bool = Field(
+        True,
+        description="also train on anchors, the records with `anchor_of`; off, they are taught "
+        "like the rest and left out of unlearning",
+    )
 
 
 class TargetConfig(Section):
@@ -89,6 +94,10 @@ class TargetConfig(Section):
 
 class TeacherConfig(Section):
     intentions: str | None = Field(None, description="YAML file of intentions; None = no prompt")
+    prefix_demos: bool = Field(
+        True,
+        description="show the intentions' prefix_demos to records with a prefix; off = their demos",
+    )
     routing: Literal["oracle", "ensemble", "none"] = Field(
         "oracle", description="one intention per goal, all of them for every record, or none"
     )

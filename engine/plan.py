@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unteach.engine.config import Config, override
-from unteach.engine.data.records import GOALS, Record, read_records
+from unteach.engine.data.records import GOALS, Record, read_records, train_split
 from unteach.engine.data.sampler import Stream, rank_batches, share_contexts
 from unteach.engine.data.tokens import Batch, Example, collate, response_tokens, student_context
 from unteach.engine.live_bytes import LiveBytes
@@ -116,7 +116,7 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
 
 def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The micro-batch of the longest records that `data.mix` can bring together in a step."""
-    records = [r for r in read_records(Path(config.data.path)) if r.split == "train"]
+    records = train_split(read_records(Path(config.data.path)), anchors=config.data.anchors)
     chosen: list[Example] = []
     for goal in GOALS:
         rows = [_example(config, tokenizer, r) for r in records if r.goal == goal]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from unteach.engine.attention import check_attention
-from unteach.engine.config import Config, Dtype, dump_config
+from unteach.engine.config import Config, Dtype, TeacherConfig, dump_config
 from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
@@ -37,7 +37,7 @@ from unteach.engine.model import (
     resolve_model,
 )
 from unteach.engine.progress import say
-from unteach.engine.teacher.intentions import Intentions, load_intentions
+from unteach.engine.teacher.intentions import Intentions, load_intentions, without_prefix_demos
 from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.parallel import World, check_parallel
 
@@ -51,6 +51,8 @@ class Run:
         asked: without that.
         home: the run folder whose taught model and known questions this run shares; None = its own.
         cache: where the teacher cache lies; None = in its own folder.
+        own_records: whether the records are others than home's, so that what the base knows of
+            them is this run's own.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class Run:
     origin: str
     home: Path | None = None
     cache: Path | None = None
+    own_records: bool = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -75,8 +78,13 @@ class Run:
 
     @property
     def root(self) -> Path:
-        """Where the taught model and what it knows are kept."""
+        """Where the taught model is kept."""
         return self.home or self.folder
+
+    @property
+    def known_folder(self) -> Path:
+        """Where it is kept which questions the base answers."""
+        return self.folder if self.own_records else self.root
 
     @property
     def cache_folder(self) -> Path:
@@ -127,9 +135,7 @@ def open_run(config: Config, world: World) -> Run:
     records = read_records(path)
     check_disjoint(records)
     check_method(config, records)
-    intentions = None
-    if config.teacher.intentions is not None:
-        intentions = load_intentions(Path(config.teacher.intentions))
+    intentions = configured_intentions(config.teacher)
     if world.rank == 0:
         _make_folder(folder)
         if config.data.source is None:
@@ -142,6 +148,19 @@ def open_run(config: Config, world: World) -> Run:
     say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
     return Run(settle(config), config, world, folder, records, intentions, origin)
+
+
+def configured_intentions(config: TeacherConfig) -> Intentions | None:
+    """What the teacher is to be told; None where it is prompted with nothing.
+
+    Raises:
+        InputError: the file cannot be used, or a goal says nothing without its prefix_demos.
+    """
+    if config.intentions is None:
+        return None
+    path = Path(config.intentions)
+    intentions = load_intentions(path)
+    return intentions if config.prefix_demos else without_prefix_demos(path, intentions)
 
 
 def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> bool:

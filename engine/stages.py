@@ -10,7 +10,7 @@ from pathlib import Path
 from unteach.engine.config import Response
 from unteach.engine.data.prefix_search import answer_logps, written
 from unteach.engine.data.prompt_files import load_prompts
-from unteach.engine.data.records import Record
+from unteach.engine.data.records import Record, train_split
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import (
@@ -94,19 +94,24 @@ def target_stage(run: Run) -> None:
 
 
 def training_records(run: Run) -> list[Record]:
-    """Train records, less those the base does not answer where `data.known_only` asks for it."""
-    records = run.split("train")
+    """Train records, less what `data.anchors` and `data.known_only` leave out."""
+    records = train_split(run.records, anchors=run.config.data.anchors)
+    anchors = len(run.split("train")) - len(records)
+    if anchors:
+        say(f"anchors: {anchors} records to train on dropped, as data.anchors=false asks")
     if not run.config.data.known_only:
         return records
-    path = run.root / "known.json"
+    folder = run.known_folder
+    path = folder / "known.json"
     candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
-    if run.world.rank == 0 and not stamp_matches(run.root, "known", inputs, path):
+    if run.world.rank == 0 and not stamp_matches(folder, "known", inputs, path):
+        folder.mkdir(parents=True, exist_ok=True)
         model = run.load(run.base, "float32")
         answered = known(run.config, model, run.tokenizer, candidates)
         _write_knowledge(run, model, candidates, answered)
         write_json(path, sorted(answered))
-        leave_stamp(run.root, "known", inputs)
+        leave_stamp(folder, "known", inputs)
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
     asked = [r for r in records if r.goal in ("forget", "attack")]
@@ -128,7 +133,7 @@ def _write_knowledge(
         record.id: {"answered": record.id in answered, "logp": round(logp, 4)}
         for record, logp in zip(asked, logps, strict=True)
     }
-    write_json(run.root / "known_scores.json", rows)
+    write_json(run.known_folder / "known_scores.json", rows)
     for side, name in ((True, "answers"), (False, "does not answer")):
         values = sorted(row["logp"] for row in rows.values() if row["answered"] is side)
         if values:

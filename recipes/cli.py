@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from unteach.engine.errors import InputError
-
-if TYPE_CHECKING:
-    from unteach.engine.config import Config
-    from unteach.engine.run import Run
+from unteach.recipes.opening import ConfigFile, Debug, Recipe, Settings, opened, resolve, stopping
 
 app = typer.Typer(
     add_completion=False,
@@ -26,14 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a language model forget one topic, keep the rest, and resist attacks.",
 )
-Recipe = Annotated[str | None, typer.Argument(help="a name that `unteach recipes` lists")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="config.yaml of an earlier run instead of a recipe")
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value, as often as needed")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+class Questions(StrEnum):
+    tune = "tune"
+    test = "test"
 
 
 @app.command()
@@ -220,6 +213,51 @@ def compare(
 
 
 @app.command()
+def study(
+    recipe: Recipe = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--factors",
+            help="names parted by commas, or `all`; k=4/8/16 takes some levels; the list is "
+            "printed if left out",
+        ),
+    ] = None,
+    levels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--level",
+            help="factor:label:section.key=value adds a level, or a factor of your own; as often "
+            "as needed",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each level")] = 1,
+    split: Annotated[
+        Questions,
+        typer.Option("--split", help="`tune` to choose settings, `test` to confirm what moved"),
+    ] = Questions.tune,
+    debug: Debug = False,
+) -> None:
+    """Vary one factor at a time around a recipe; goes on where it was stopped.
+
+    Example: unteach study tiny --factors k=2/4,alpha --seeds 1
+    """
+    with opened(recipe, config, settings) as work:
+        from unteach.engine.model import blocks, empty_model
+        from unteach.engine.study import study as study_factors
+        from unteach.recipes.factors import chosen_factors, factors
+
+        table = factors(work.asked, len(blocks(empty_model(work.origin, work.asked.model))))
+        if names is None:
+            for name, known in table.items():
+                typer.echo(f"{name}: {' / '.join(known)}")
+            return
+        study_factors(work, chosen_factors(names, table, levels or []), seeds, split.value)
+
+
+@app.command()
 def gradients(
     recipe: Recipe = None,
     config: ConfigFile = None,
@@ -280,16 +318,6 @@ def prefixes(
         prefix_stage(work, target, rounds=rounds, children=children, per_question=per_question)
 
 
-@contextmanager
-def stopping() -> Iterator[None]:
-    """Ctrl-C ends a command with one sentence and exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Stopped; the same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
-
-
 @app.command()
 def plan(
     recipe: Recipe = None,
@@ -313,28 +341,6 @@ def plan(
         )
     for line in lines(resolved, gpus, int(memory * 2**30)):
         typer.echo(line)
-
-
-@contextmanager
-def opened(recipe: str | None, path: Path | None, settings: list[str] | None) -> Iterator[Run]:
-    """Resolve the config, join the other processes, open the run folder."""
-    config = resolve(recipe, path, settings)
-    from unteach.engine.run import open_run
-    from unteach.engine.train.parallel import joined
-
-    with stopping(), joined(config.run.device, config.parallel.replicate) as world:
-        yield open_run(config, world)
-
-
-def resolve(recipe: str | None, path: Path | None, settings: list[str] | None) -> Config:
-    """The config that a recipe or a file describes, with the settings of the command line."""
-    from unteach.engine.config import load_config, override
-    from unteach.recipes.catalog import find_recipe
-
-    if (recipe is None) == (path is None):
-        raise InputError("Name a recipe (see `unteach recipes`) or give --config, one of the two.")
-    config = load_config(path) if path is not None else find_recipe(recipe or "")
-    return override(config, settings or [])
 
 
 def main() -> None:

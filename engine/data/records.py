@@ -135,6 +135,16 @@ def check_disjoint(records: Sequence[Record]) -> None:
             )
 
 
+def train_split(records: Sequence[Record], *, anchors: bool) -> list[Record]:
+    """Records of split `train`, in order.
+
+    Args:
+        anchors: whether those that contrast with another record are among them.
+    """
+    train = [record for record in records if record.split == "train"]
+    return train if anchors else [record for record in train if record.anchor_of is None]
+
+
 def counts(records: Sequence[Record]) -> dict[str, int]:
     """Records by `goal/split`, for the log."""
     return dict(sorted(Counter(f"{r.goal}/{r.split}" for r in records).items()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,6 +26,7 @@ AXES = {
     "attack": "Resists attack\n100 − attack",
     "mmlu": "MMLU",
 }
+
 ROW_STYLES = (
     (GREY, "--", "s"),
     (BLUE, "-", "o"),
@@ -37,6 +39,14 @@ ROW_STYLES = (
 GOAL_STYLES = dict(
     zip(GOALS, ((ORANGE, "-"), (BLUE, "--"), (GREEN, "-."), (PURPLE, ":")), strict=True)
 )
+
+
+@dataclass(frozen=True)
+class Line:
+    """Means of a score level by level, and half of each one's interval where it has one."""
+
+    means: Sequence[float]
+    halves: Sequence[float | None]
 
 
 def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes | None:
@@ -149,6 +159,60 @@ def draw_cosines(forms: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def draw_levels(
+    title: str, labels: Sequence[str], lines: Mapping[str, Line], default: int
+) -> bytes:
+    """A factor's scores on the left and its Overall on the right, against its levels.
+
+    Levels stand at equal distances; a line joins them only where they are numbers.
+
+    Args:
+        lines: by score, and by `overall`.
+        default: index of the level that is the recipe's own.
+    """
+    joined = all(_is_number(label) for label in labels)
+    figure = Figure(figsize=(11.0, 4.8), dpi=150, layout="constrained")
+    panels: Any = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    scores = [name for name in DIRECTIONS if name in lines]
+    for place, name in enumerate([*scores, "overall"]):
+        axes = panels[int(name == "overall")]
+        colour, dash, marker = ROW_STYLES[1 + place] if name != "overall" else ("black", "-", "o")
+        arrow = "↑" if DIRECTIONS.get(name, 1) > 0 else "↓"
+        # Points of one level are set apart, or intervals would hide each other.
+        aside = 0.06 * (place - (len(scores) - 1) / 2) if name != "overall" else 0.0
+        halves = [half or 0.0 for half in lines[name].halves]
+        axes.errorbar(
+            [index + aside for index in range(len(labels))],
+            lines[name].means,
+            yerr=halves if any(halves) else None,
+            color=colour,
+            linestyle=dash if joined else "none",
+            marker=marker,
+            capsize=3,
+            label=f"{name} {arrow}",
+            clip_on=False,
+        )
+    panels[0].set_ylim(-3, 103)
+    panels[0].set_ylabel("score")
+    panels[1].set_ylabel("Overall ↑")
+    turned = sum(map(len, labels)) > 30
+    for axes in panels:
+        axes.axvline(default, color="#dddddd", linewidth=9, zorder=0)
+        axes.set_xticks(
+            range(len(labels)),
+            [f"{label}\n(default)" if i == default else label for i, label in enumerate(labels)],
+            rotation=25 if turned else 0,
+            ha="right" if turned else "center",
+        )
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+        axes.grid(color="#e5e5e5", axis="y")
+        for edge in ("top", "right"):
+            axes.spines[edge].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=10)
+    figure.suptitle(title, fontsize=12)
+    return _png(figure)
+
+
 def draw_loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
     """Loss and loss per goal over steps; learning rate and gradient norm below.
 
@@ -193,6 +257,14 @@ def _outward(name: str, value: float) -> float:
 def _series(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     rows = [row for row in steps if isinstance(row.get(key), int | float)]
     return [int(row["step"]) for row in rows], [float(row[key]) for row in rows]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _dot(x: Sequence[int]) -> str | None:

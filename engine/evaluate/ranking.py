@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unteach.engine.evaluate.paired import Difference, paired_difference
 from unteach.engine.evaluate.pictures import draw_rows, draw_tradeoff
 from unteach.engine.evaluate.scores import DIRECTIONS
 from unteach.engine.files import write_atomic, write_json
@@ -66,6 +67,10 @@ class Trial:
     Attributes:
         inputs: digest of everything that made it; a trial of other inputs is another one.
         scores: as in summary.json.
+        settings: `section.key=value` that made it out of the recipe; rows that were written
+            before there were any have none.
+        questions: 0 to 100 for each question of each score, in the order that the protocol fixes;
+            None where its judge gave no verdict.
     """
 
     method: str
@@ -78,6 +83,8 @@ class Trial:
     scores: dict[str, dict[str, Any]]
     extra: dict[str, dict[str, Any]]
     cost: Cost | None
+    settings: list[str] = field(default_factory=list)
+    questions: dict[str, list[float | None]] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         """The five scores that there are, and `overall`."""
@@ -117,6 +124,16 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float | None]:
     freedom = len(values) - 1
     quantile = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.7 / freedom
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Difference | None:
+    """What the first row's Overall is better by than the second's, question by question.
+
+    None where they were asked by other protocols, or a row kept no questions.
+    """
+    if len({trial.protocol for trial in (*first, *second)}) != 1:
+        return None
+    return paired_difference(*({t.seed: t.questions for t in row} for row in (first, second)))
 
 
 def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:

@@ -107,6 +107,25 @@ def load_intentions(path: Path) -> Intentions:
         raise InputError(_sentence(path, error)) from error
 
 
+def without_prefix_demos(path: Path, intentions: Intentions) -> Intentions:
+    """The same without demos that answer after a prefix: every record sees the plain ones.
+
+    Raises:
+        InputError: a goal that says nothing else.
+    """
+    plain = {}
+    for goal in GOALS:
+        intention = intentions.get(goal)
+        if intention is not None and intention.system is None and not intention.demos:
+            raise InputError(
+                f"{path}, goal {goal}: has prefix_demos alone, and teacher.prefix_demos is false: "
+                "write demos or system, or leave it true."
+            )
+        if intention is not None:
+            plain[goal] = intention.model_copy(update={"prefix_demos": ()})
+    return Intentions(**plain)
+
+
 def intention_for(intentions: Intentions | None, goal: Goal, routing: Routing) -> Intention | None:
     """What the teacher of a record of this goal is told; None asks it as the student is asked.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unteach.engine.config import Config, MethodConfig, Response, TeacherConfig
-from unteach.engine.data.records import GOALS, Goal, Record
+from unteach.engine.data.records import GOALS, Goal, Record, train_split
 from unteach.engine.data.tokens import Example
 from unteach.engine.errors import InputError
 from unteach.engine.train.losses import bild_loss as bild_loss
@@ -245,7 +245,7 @@ def check_method(config: Config, records: Sequence[Record]) -> None:
             the gold answer that it trains on, a setting that it cannot use.
     """
     method, mix = find_method(config.method.name), config.data.mix
-    train = [record for record in records if record.split == "train"]
+    train = train_split(records, anchors=config.data.anchors)
     for term in method.terms:
         if not any(mix.get(goal, 0) for goal in term.goals):
             raise InputError(

@@ -1,0 +1,170 @@
+"""A study as people read it: for each factor a table and a picture, and a page that links all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unteach.engine.evaluate.pictures import Line, draw_levels
+from unteach.engine.evaluate.ranking import (
+    HEADINGS,
+    Ranked,
+    Trial,
+    difference_between,
+    seed_interval,
+)
+from unteach.engine.files import write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a factor.
+
+    Attributes:
+        settings: what it changes of the recipe.
+        trials: one a seed.
+        default: whether it is the recipe as it is.
+    """
+
+    label: str
+    settings: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    default: bool
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A factor with all its levels scored on one split."""
+
+    name: str
+    base: Trial
+    levels: tuple[Level, ...]
+
+    @property
+    def default(self) -> Level:
+        """The level that is the recipe as it is."""
+        return next(level for level in self.levels if level.default)
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores that there are, and Overall."""
+        return [*(name for name in HEADINGS if name in self.base.scores), "overall"]
+
+    @property
+    def stem(self) -> str:
+        """What its files are called: trials of both splits stand side by side."""
+        return self.name if self.base.split == "tune" else f"{self.name}-{self.base.split}"
+
+
+def write_factor(folder: Path, swept: Swept) -> str:
+    """The table and the picture of a factor; returns the table as text."""
+    text = factor_page(swept)
+    picture = f"{swept.stem}.png"
+    labels = [level.label for level in swept.levels]
+    lines = {}
+    for name in swept.scores:
+        found = [
+            seed_interval([trial.values()[name] for trial in level.trials])
+            for level in swept.levels
+        ]
+        lines[name] = Line([mean for mean, _ in found], [half for _, half in found])
+    default = swept.levels.index(swept.default)
+    write_atomic(folder / picture, draw_levels(swept.name, labels, lines, default))
+    page = f"{text}\n![{swept.name}]({picture})\n"
+    write_atomic(folder / f"{swept.stem}.md", page.encode())
+    return text
+
+
+def factor_page(swept: Swept) -> str:
+    """Markdown: a row a level, the default in bold, what it is better by than the default."""
+    names = swept.scores
+    heads = [HEADINGS.get(name, "Overall ↑") for name in names]
+    lines = [
+        f"# {swept.name}",
+        "",
+        _protocol(swept),
+        "",
+        f"| level | {' | '.join(heads)} | Overall against the default | settings |",
+        "| --- |" + " ---: |" * (len(names) + 1) + " --- |",
+    ]
+    for level in swept.levels:
+        cells = [Ranked(level.label, level.trials).cell(name) for name in names]
+        cells.append(_apart(level, swept.default))
+        label = f"**{level.label}** (default)" if level.default else level.label
+        settings = ", ".join(f"`{setting}`" for setting in level.settings) or "—"
+        lines.append(f"| {label} | {' | '.join(cells)} | {settings} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_study(folder: Path, factors: Sequence[Swept]) -> Path:
+    """study.md, which links these factors and those of earlier commands on the same questions.
+
+    It is made from study.json, which says of every level which trials it is made of.
+    """
+    base = factors[0].base
+    stem = "study" if base.split == "tune" else f"study-{base.split}"
+    known: dict[str, Any] = {}
+    if (folder / f"{stem}.json").is_file():
+        known = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+    known = {name: entry for name, entry in known.items() if entry["protocol"] == base.protocol}
+    known |= {swept.name: _entry(swept) for swept in factors}
+    write_json(folder / f"{stem}.json", known)
+    lines = ["# One factor at a time", "", _protocol(factors[0]), ""]
+    lines += [
+        "| factor | seeds | default | Overall | best level | Overall | difference |",
+        "| --- | ---: | --- | ---: | --- | ---: | ---: |",
+    ]
+    for name, entry in known.items():
+        overall = {label: level["overall"] for label, level in entry["levels"].items()}
+        default, best = entry["default"], entry["best"]
+        lines.append(
+            f"| [{name}]({entry['file']}.md) | {entry['seeds']} | {default} | "
+            f"{overall[default]:+.1f} | {best} | {overall[best]:+.1f} | {entry['difference']} |"
+        )
+    lines += [f"\n![{name}]({entry['file']}.png)" for name, entry in known.items()]
+    write_atomic(folder / f"{stem}.md", ("\n".join(lines) + "\n").encode())
+    return folder / f"{stem}.md"
+
+
+def _entry(swept: Swept) -> dict[str, Any]:
+    """A factor in study.json; of levels that are level the default is the best."""
+    default = swept.default
+    means = {each.label: Ranked(each.label, each.trials).means() for each in swept.levels}
+    best = max(swept.levels, key=lambda level: (means[level.label]["overall"], level.default))
+    return {
+        "file": swept.stem,
+        "protocol": swept.base.protocol,
+        "seeds": len(default.trials),
+        "default": default.label,
+        "best": best.label,
+        "difference": _apart(best, default),
+        "levels": {
+            level.label: {
+                "settings": list(level.settings),
+                "overall": means[level.label]["overall"],
+                "trials": [trial.inputs for trial in level.trials],
+            }
+            for level in swept.levels
+        },
+    }
+
+
+def _apart(level: Level, default: Level) -> str:
+    """Overall less the default's, as a cell of a table."""
+    if level.default:
+        return "—"
+    difference = difference_between(level.trials, default.trials)
+    return "not known" if difference is None else str(difference)
+
+
+def _protocol(swept: Swept) -> str:
+    base, seeds = swept.base, len(swept.levels[0].trials)
+    counts = ", ".join(f"{n} {base.scores[n]['n']}" for n in HEADINGS if n in base.scores)
+    spread = " Cells: mean ± half of Student's 95% interval over seeds." if seeds > 1 else ""
+    return (
+        f"Split {base.split}, {seeds} seed(s), protocol `{base.protocol[:12]}`; N: {counts}."
+        f"{spread} Differences: 95% interval by 10,000 paired draws of questions and seeds."
+    )

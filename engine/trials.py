@@ -1,0 +1,327 @@
+"""Trainings that are made, scored and written down one by one: `unteach compare`, `unteach study`.
+
+A trial is the recipe with a few settings, a seed and the questions it is scored on. All trials of
+a run folder share the taught model, and those that would make the same teacher cache share that.
+Each ends as one line of rows.jsonl with the digest of everything that made it: the same trial is
+never made twice, by whatever settings it was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+from unteach.engine.config import Config, DataConfig, override
+from unteach.engine.data.records import (
+    GOALS,
+    Record,
+    check_disjoint,
+    read_records,
+    train_split,
+)
+from unteach.engine.data.settings import SourceSettings
+from unteach.engine.errors import InputError
+from unteach.engine.evaluate.ranking import Cost, Trial
+from unteach.engine.evaluate.report import read_steps
+from unteach.engine.evaluate.scores import DIRECTIONS, Score, overall
+from unteach.engine.evaluate.suites import Evaluation, evaluate, protocol_hash, read_mmlu
+from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.files import write_atomic
+from unteach.engine.model import tokenizer_fingerprint
+from unteach.engine.progress import say
+from unteach.engine.run import Run, configured_intentions, digest, records_fingerprint
+from unteach.engine.stages import train_stage, training_cache
+from unteach.engine.train.log import reset_peak
+from unteach.engine.train.methods import check_method, find_method, settle
+
+Split = Literal["tune", "test"]
+Prompted = Literal["base", "oracle", "ensemble"]
+# What a trial may set: the rest makes the base or the scores, which all trials share.
+SECTIONS = ("data", "teacher", "method", "optim", "parallel")
+
+
+def tuning_records(records: Sequence[Record]) -> list[Record]:
+    """Questions to choose settings by, as test records: those of split `tune`.
+
+    Where there is none the training questions serve; test questions never do.
+    """
+    split = "tune" if any(record.split == "tune" for record in records) else "train"
+    chosen = [r for r in records if r.split == split and r.form == "qa" and r.golds]
+    scored = [
+        r
+        for r in chosen
+        if not (r.goal == "neighbor" and not r.options)
+        and not (r.goal == "attack" and not r.prefix)
+    ]
+    return [record.model_copy(update={"split": "test"}) for record in scored]
+
+
+class Trials:
+    """The trials of one folder: what they are made of, and the lines there are.
+
+    Args:
+        name: of the folder inside the run's, and of the command in what is printed.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run, self.world, self.name = run, run.world, name
+        self.folder = run.folder / name
+        self.path = self.folder / "rows.jsonl"
+        self.words = tokenizer_fingerprint(run.tokenizer)
+        mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
+        tune = tuning_records(run.records)
+        goals = tuple(g for g in run.config.evaluate.goals if any(r.goal == g for r in tune))
+        settings = run.config.evaluate.model_copy(update={"goals": goals})
+        self.tests = {
+            "test": (run.config, run.records, mmlu),
+            "tune": (run.config.model_copy(update={"evaluate": settings}), tune, None),
+        }
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self.path)
+        self.world.wait()
+
+    def prompted(self, name: Prompted, split: Split) -> Trial:
+        """The model as it is (`base`), or behind intentions: scored without training."""
+        told = NOTHING if name == "base" else Told(name, self.run.intentions)
+        prompts = told.intentions.model_dump(mode="json") if told.intentions else None
+        inputs = digest([self.run.base_fingerprint, self._protocol(split), told.routing, prompts])
+        if self._line(inputs) is None:
+            title = f"{name}, {split}"
+            scored = self._scored(self.run.base, title, split, told)
+            line = None if scored is None else self._row(name, split, inputs, scored)
+            self._append(line, title)
+        return self._expect(inputs)
+
+    def trained(self, settings: Sequence[str], seed: int, split: Split, title: str) -> Trial:
+        """The recipe with these settings, trained with a seed and scored; its weights stay."""
+        cell = self.cell(settings, seed)
+        inputs = self._inputs(cell, split)
+        if self._line(inputs) is None:
+            self.prompted("base", split)
+            fresh = reset_peak(self.world.device)
+            train_stage(cell, training_cache(cell))
+            title = f"{title}, seed {seed}, {split}"
+            scored = self._scored(str(cell.folder / "model"), title, split, NOTHING)
+            line = None
+            if scored is not None:
+                line = replace(
+                    self._row(cell.config.method.name, split, inputs, scored),
+                    lr=cell.config.optim.lr,
+                    seed=seed,
+                    settings=list(settings),
+                    cost=cost_of(cell.folder / "train.jsonl", peak_known=fresh),
+                )
+            self._append(line, title)
+        return self._expect(inputs)
+
+    def remove_weights(self, settings: Sequence[str], seed: int) -> None:
+        """A training's log and its line stay, its weights and checkpoints do not."""
+        if self.world.rank == 0:
+            for part in ("model", "checkpoints", "seeds.bin"):
+                path = self.cell(settings, seed).folder / part
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        self.world.wait()
+
+    def cell(self, settings: Sequence[str], seed: int) -> Run:
+        """The run of one training: its own folder, everything made before it shared."""
+        cell = self.opened(settings, seed)
+        made = digest([self.run.base_fingerprint, _made_of(cell)])[:8]
+        name = f"{cell.config.method.name}-lr-{cell.config.optim.lr:g}-{made}-seed-{seed}"
+        lesson = digest(_lesson(cell))
+        shared = self.run.cache_folder if lesson == digest(_lesson(self.run)) else None
+        return replace(
+            cell,
+            config=_in_folder(cell.config, self.folder / name),
+            asked=_in_folder(cell.asked, self.folder / name),
+            folder=self.folder / name,
+            cache=shared or self.folder / "caches" / lesson,
+        )
+
+    def opened(self, settings: Sequence[str], seed: int) -> Run:
+        """The run of these settings and this seed, before it has a folder.
+
+        Raises:
+            InputError: a setting that no trial may have, or one that cannot be used.
+        """
+        asked = override(self.run.asked, settings)
+        for section in type(asked).model_fields:
+            same = getattr(asked, section) == getattr(self.run.asked, section)
+            if section not in SECTIONS and not same:
+                raise InputError(
+                    f"A trial cannot set {section} ({', '.join(settings)}): all trials share the "
+                    "base and the scores; give --set to the whole command in another run.folder."
+                )
+        asked = asked.model_copy(
+            update={"run": asked.run.model_copy(update={"seed": seed, "log_every": 1})}
+        )
+        records = self._records(asked.data)
+        return replace(
+            self.run,
+            config=settle(asked),
+            asked=asked,
+            records=records,
+            intentions=configured_intentions(asked.teacher),
+            home=self.run.folder,
+            own_records=records is not self.run.records,
+        )
+
+    def check(self, settings: Sequence[str]) -> str:
+        """Refuse a training that cannot end well, before the first begins.
+
+        Returns:
+            A digest of what makes it, the base aside: settings that make the same have the same.
+        """
+        cell = self.opened(settings, self.run.config.run.seed)
+        check_method(cell.asked, cell.records)
+        return digest(_made_of(cell))
+
+    def _records(self, data: DataConfig) -> list[Record]:
+        """The run's own records, or those to train on of another file."""
+        own = self.run.asked.data
+        if all(getattr(data, name) == getattr(own, name) for name in SourceSettings.model_fields):
+            return self.run.records
+        if data.source is not None:
+            raise InputError(
+                f"A trial cannot read source {data.source}: name a file of QA records with "
+                "data.path, and set data.source=null."
+            )
+        records = [r for r in read_records(Path(data.path)) if r.split == "train"]
+        check_disjoint([*records, *(r for r in self.run.records if r.split == "test")])
+        return records
+
+    def _inputs(self, cell: Run, split: Split) -> str:
+        return digest([self.run.base_fingerprint, self._protocol(split), _made_of(cell)])
+
+    def _protocol(self, split: Split) -> str:
+        config, records, mmlu = self.tests[split]
+        return protocol_hash(config, records, mmlu, self.words)
+
+    def _scored(self, path: str, title: str, split: Split, told: Told) -> Evaluation | None:
+        """Scores in float32, on rank 0; the others have none."""
+        if self.world.rank != 0:
+            return None
+        config, records, mmlu = self.tests[split]
+        model = self.run.load(path, "float32")
+        return evaluate(
+            config, model, self.run.tokenizer, records, mmlu=mmlu, title=title, told=told
+        )
+
+    def _row(self, name: str, split: Split, inputs: str, scored: Evaluation) -> Trial:
+        """The line of what was scored; nothing is known of a training yet."""
+        total = 0.0
+        if name != "base":
+            base = self.prompted("base", split)
+            known = {n: Score(**score) for n, score in base.scores.items()}
+            total = overall(scored.scores, known).value
+        questions: dict[str, list[float | None]] = {n: [] for n in DIRECTIONS if n in scored.scores}
+        for sample in scored.samples:
+            if sample["suite"] in questions:
+                questions[sample["suite"]].append(sample["score"])
+        return Trial(
+            method=name,
+            lr=None,
+            seed=None,
+            split=split,
+            inputs=inputs,
+            protocol=self._protocol(split),
+            overall=total,
+            scores={n: asdict(score) for n, score in scored.scores.items()},
+            extra={n: asdict(score) for n, score in scored.extra.items()},
+            cost=None,
+            questions=questions,
+        )
+
+    def _line(self, inputs: str) -> Trial | None:
+        """The finished line of these very inputs, or None; every rank reads the same file."""
+        found = [line for line in read_trials(self.path) if line.inputs == inputs]
+        return found[0] if found else None
+
+    def _expect(self, inputs: str) -> Trial:
+        line = self._line(inputs)
+        assert line is not None
+        return line
+
+    def _append(self, line: Trial | None, title: str) -> None:
+        if line is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(line)) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            say(f"{self.name}: {title}: Overall {line.overall:+.1f}")
+        self.world.wait()
+
+
+def cost_of(log: Path, *, peak_known: bool) -> Cost:
+    """What a training took, by its log; the lines of a killed one and its resumption add up."""
+    steps = read_steps(log)
+    return Cost(
+        seconds=sum(step["seconds"] for step in steps),
+        tokens=sum(step["tokens"] for step in steps),
+        peak_mib=max(step["peak_mib"] for step in steps) if peak_known else None,
+    )
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """Lines in the order in which they were finished.
+
+    Raises:
+        InputError: a line that is none of ours.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        trials = [Trial(**json.loads(line)) for line in lines]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} holds a line that is no row ({error}): remove it.") from error
+    return [replace(t, cost=Cost(**t.cost)) if isinstance(t.cost, dict) else t for t in trials]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A run that was killed while it wrote leaves half a line."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomic(path, whole.encode())
+
+
+def _in_folder(config: Config, folder: Path) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
+
+
+def _taught(cell: Run) -> list[Record]:
+    """Records that the cell's method trains on, before the base was asked what it knows."""
+    goals = find_method(cell.config.method.name).goals
+    train = train_split(cell.records, anchors=cell.config.data.anchors)
+    return [record for record in train if record.goal in goals]
+
+
+def _lesson(cell: Run) -> list[object]:
+    """Everything beside the base that a teacher cache depends on."""
+    return [
+        cell.config.teacher.model_dump(mode="json"),
+        cell.config.data.known_only,
+        cell.intentions.model_dump(mode="json") if cell.intentions else None,
+        records_fingerprint(_taught(cell)),
+    ]
+
+
+def _made_of(cell: Run) -> list[object]:
+    """Everything beside the base that a training's weights depend on."""
+    config = cell.config
+    return [
+        *_lesson(cell),
+        config.method.model_dump(mode="json"),
+        config.optim.model_dump(mode="json"),
+        [[goal, config.data.mix.get(goal, 0)] for goal in GOALS],
+        [config.data.pack_tokens, config.model.dtype, config.parallel.dtype, config.run.seed],
+    ]
