@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from unteach.engine.data.records import GOALS, Goal
+from unteach.engine.data.records import GOALS, Form, Goal
 from unteach.engine.data.settings import SourceSettings, StandardizeConfig, WriterConfig
 from unteach.engine.errors import InputError
 from unteach.engine.section import Section
@@ -69,6 +69,11 @@ class DataConfig(SourceSettings):
     known_only: bool = Field(
         False,
         description="drop the forget and attack records that the base model does not answer",
+    )
+    form: Form | None = Field(
+        None,
+        description="train on the records of one form, `qa` or `passage`, of each goal that has "
+        "such; None = on all",
     )
     anchors: bool = Field(
         True,

@@ -116,7 +116,9 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
 
 def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The micro-batch of the longest records that `data.mix` can bring together in a step."""
-    records = train_split(read_records(Path(config.data.path)), anchors=config.data.anchors)
+    records = train_split(
+        read_records(Path(config.data.path)), anchors=config.data.anchors, form=config.data.form
+    )
     chosen: list[Example] = []
     for goal in GOALS:
         rows = [_example(config, tokenizer, r) for r in records if r.goal == goal]

@@ -94,11 +94,15 @@ def target_stage(run: Run) -> None:
 
 
 def training_records(run: Run) -> list[Record]:
-    """Train records, less what `data.anchors` and `data.known_only` leave out."""
-    records = train_split(run.records, anchors=run.config.data.anchors)
-    anchors = len(run.split("train")) - len(records)
-    if anchors:
-        say(f"anchors: {anchors} records to train on dropped, as data.anchors=false asks")
+    """Train records, less what `data.form`, `data.anchors` and `data.known_only` leave out."""
+    data = run.config.data
+    records = train_split(run.records, anchors=data.anchors, form=data.form)
+    left_out = len(run.split("train")) - len(records)
+    if left_out:
+        say(
+            f"train: {left_out} records left out by data.form={data.form or 'null'} and "
+            f"data.anchors={str(data.anchors).lower()}"
+        )
     if not run.config.data.known_only:
         return records
     folder = run.known_folder

@@ -301,7 +301,7 @@ def _in_folder(config: Config, folder: Path) -> Config:
 def _taught(cell: Run) -> list[Record]:
     """Records that the cell's method trains on, before the base was asked what it knows."""
     goals = find_method(cell.config.method.name).goals
-    train = train_split(cell.records, anchors=cell.config.data.anchors)
+    train = train_split(cell.records, anchors=cell.config.data.anchors, form=cell.config.data.form)
     return [record for record in train if record.goal in goals]
 
 

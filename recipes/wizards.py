@@ -18,7 +18,9 @@ def wizards() -> Config:
     assert start.target is not None
     return start.model_copy(
         update={
-            "data": start.data.model_copy(update={"path": data_file("wizards.jsonl")}),
+            "data": start.data.model_copy(
+                update={"path": data_file("wizards.jsonl"), "form": "qa"}
+            ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
             "optim": start.optim.model_copy(update={"steps": 90}),

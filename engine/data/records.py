@@ -15,6 +15,7 @@ from unteach.engine.errors import InputError
 
 Goal = Literal["forget", "general", "neighbor", "attack"]
 Split = Literal["train", "tune", "test"]
+Form = Literal["qa", "passage"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
 
 
@@ -37,7 +38,7 @@ class Record(BaseModel):
     correct: int | None = None
     refusals: list[int] = []
     anchor_of: str | None = None
-    form: Literal["qa", "passage"] = "qa"
+    form: Form = "qa"
     topic: str | None = None
     source: str | None = None
     split: Split = "train"
@@ -135,13 +136,18 @@ def check_disjoint(records: Sequence[Record]) -> None:
             )
 
 
-def train_split(records: Sequence[Record], *, anchors: bool) -> list[Record]:
+def train_split(
+    records: Sequence[Record], *, anchors: bool = True, form: Form | None = None
+) -> list[Record]:
     """Records of split `train`, in order.
 
     Args:
         anchors: whether those that contrast with another record are among them.
+        form: of the records of every goal that has any of it; None = of any form.
     """
     train = [record for record in records if record.split == "train"]
+    has = {record.goal for record in train if record.form == form}
+    train = [r for r in train if r.goal not in has or r.form == form]
     return train if anchors else [record for record in train if record.anchor_of is None]
 
 

@@ -245,7 +245,7 @@ def check_method(config: Config, records: Sequence[Record]) -> None:
             the gold answer that it trains on, a setting that it cannot use.
     """
     method, mix = find_method(config.method.name), config.data.mix
-    train = train_split(records, anchors=config.data.anchors)
+    train = train_split(records, anchors=config.data.anchors, form=config.data.form)
     for term in method.terms:
         if not any(mix.get(goal, 0) for goal in term.goals):
             raise InputError(

@@ -13,6 +13,7 @@ from unteach.engine.data.records import (
     check_disjoint,
     normalized,
     read_records,
+    train_split,
     write_records,
 )
 from unteach.engine.errors import InputError
@@ -116,3 +117,21 @@ def test_shared_questions_between_splits_are_refused() -> None:
 def test_normalisation_drops_case_marks_and_articles() -> None:
     assert normalized("The  Café, of Æ-1!") == "cafe of æ 1"
     assert normalized("Где?") == "где"
+
+
+def test_one_form_is_trained_where_a_goal_has_it() -> None:
+    rows = [
+        Record(id="f", goal="forget", question="Who?", answer="Bo", split="train"),
+        Record(id="p", goal="forget", answer="Bo is here.", form="passage", split="train"),
+        Record(id="a", goal="attack", question="Who?", prefix="Sure:", answer="Bo", split="train"),
+        Record(id="n", goal="general", question="Why?", anchor_of="f", answer="So", split="train"),
+        Record(id="t", goal="general", question="What?", answer="No", split="test"),
+    ]
+
+    def ids(**chosen: Any) -> str:
+        return "".join(record.id for record in train_split(rows, **chosen))
+
+    assert ids() == "fpan"
+    assert ids(form="qa") == "fan"
+    assert ids(form="passage") == "pan"  # attack has no passage, and is not left without records
+    assert ids(form="qa", anchors=False) == "fa"
