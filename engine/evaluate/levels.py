@@ -100,7 +100,7 @@ def factor_page(swept: Swept) -> str:
 
 
 def write_study(folder: Path, factors: Sequence[Swept]) -> Path:
-    """study.md, which links these factors and those of earlier commands on the same questions.
+    """study.md, which links these factors and those of earlier commands around the same default.
 
     It is made from study.json, which says of every level which trials it is made of.
     """
@@ -109,7 +109,8 @@ def write_study(folder: Path, factors: Sequence[Swept]) -> Path:
     known: dict[str, Any] = {}
     if (folder / f"{stem}.json").is_file():
         known = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-    known = {name: entry for name, entry in known.items() if entry["protocol"] == base.protocol}
+    own = factors[0].default.trials[0].inputs
+    known = {name: entry for name, entry in known.items() if entry["default_trial"] == own}
     known |= {swept.name: _entry(swept) for swept in factors}
     write_json(folder / f"{stem}.json", known)
     lines = ["# One factor at a time", "", _protocol(factors[0]), ""]
@@ -136,7 +137,7 @@ def _entry(swept: Swept) -> dict[str, Any]:
     best = max(swept.levels, key=lambda level: (means[level.label]["overall"], level.default))
     return {
         "file": swept.stem,
-        "protocol": swept.base.protocol,
+        "default_trial": default.trials[0].inputs,
         "seeds": len(default.trials),
         "default": default.label,
         "best": best.label,

@@ -62,9 +62,8 @@ def paired_difference(
     if not names or not first or not second:
         return None
     random = np.random.default_rng(seed)
-    weight_A = _drawn(random, len(first), DRAWS)
-    together = list(first) == list(second)
-    weight_B = weight_A if together else _drawn(random, len(second), DRAWS)
+    weight_RA = _drawn_seeds(random, len(first))
+    weight_RB = weight_RA if list(first) == list(second) else _drawn_seeds(random, len(second))
     value, draws = 0.0, np.zeros(DRAWS)
     for name in names:
         first_AQ, second_BQ = _judged(first, second, name)
@@ -75,15 +74,16 @@ def paired_difference(
         step = max(1, CELLS // count)
         for start in range(0, DRAWS, step):
             part = slice(start, start + step)
-            gap_RQ = weight_A[part] @ first_AQ - weight_B[part] @ second_BQ
-            draws[part] += signs[name] * (gap_RQ * _drawn(random, count, len(gap_RQ))).sum(axis=1)
+            gap_RQ = weight_RA[part] @ first_AQ - weight_RB[part] @ second_BQ
+            drawn_RQ = random.integers(0, count, gap_RQ.shape)
+            draws[part] += signs[name] * np.take_along_axis(gap_RQ, drawn_RQ, axis=1).mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Difference(value, float(low), float(high))
 
 
-def _drawn(random: np.random.Generator, count: int, draws: int) -> NDArray[np.float64]:
-    """[draws, count], the share of each of `count` things in as many picks with replacement."""
-    return random.multinomial(count, np.full(count, 1 / count), size=draws) / count
+def _drawn_seeds(random: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """[draws, seeds], the share of each seed in as many picks with replacement."""
+    return random.multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
 
 
 def _judged(

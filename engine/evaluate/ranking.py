@@ -126,6 +126,14 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def against_ours(rows: Mapping[str, Ranked]) -> dict[str, Difference]:
+    """What each row's Overall is better by than ours, where both kept their questions."""
+    ours = rows.get("bitopk")
+    others = [row for row in rows.values() if ours is not None and row is not ours]
+    found = {row.name: difference_between(row.trials, ours.trials) for row in others if ours}
+    return {name: apart for name, apart in found.items() if apart is not None}
+
+
 def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Difference | None:
     """What the first row's Overall is better by than the second's, question by question.
 
@@ -139,6 +147,7 @@ def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Diffe
 def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
     """ranking.md, ranking.json, radar.png and tradeoff.png; returns the tables as text."""
     rows = {row.name: row for row in ranked}
+    against = against_ours(rows)
     write_json(
         folder / "ranking.json",
         {
@@ -148,6 +157,7 @@ def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
                 {
                     "name": row.name,
                     "means": row.means(),
+                    "against_ours": asdict(against[row.name]) if row.name in against else None,
                     "tried": {f"{lr:g}": value for lr, value in row.tried.items()},
                     "trials": [asdict(trial) for trial in row.trials],
                 }
@@ -158,7 +168,7 @@ def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
     pictures = draw_pictures(base, rows)
     for name, data in pictures.items():
         write_atomic(folder / name, data)
-    text = ranking_page(base, rows)
+    text = ranking_page(base, rows, against)
     linked = [f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures]
     write_atomic(folder / "ranking.md", (text + "".join(linked)).encode())
     return text
@@ -175,7 +185,7 @@ def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
     return {name: data for name, data in pictures.items() if data is not None}
 
 
-def ranking_page(base: Trial, rows: Mapping[str, Ranked]) -> str:
+def ranking_page(base: Trial, rows: Mapping[str, Ranked], against: Mapping[str, Difference]) -> str:
     """Markdown: both tables, the rates, the costs."""
     names = [name for name in HEADINGS if name in base.scores]
     seeds = max(len(row.trials) for row in rows.values())
@@ -186,32 +196,38 @@ def ranking_page(base: Trial, rows: Mapping[str, Ranked]) -> str:
         + " N: "
         + ", ".join(f"{name} {base.scores[name]['n']}" for name in names)
         + ". Overall is the sum of the changes for the better against the base, in points; "
-        "* trains on forget and general records alone.",
+        "* trains on forget and general records alone. In brackets a difference's 95% interval, by "
+        "10,000 paired draws of questions and seeds.",
         "",
         "## Table 1",
         "",
-        *_table(base, names, rows, [n for group in GROUPS.values() for n in group]),
+        *_table(base, names, rows, against, [n for group in GROUPS.values() for n in group]),
     ]
     if any(name in rows for name in ABLATION[1:]):
         lines += ["", "## Table 2: the loss alone changed", ""]
-        lines += _table(base, names, rows, ABLATION)
+        lines += _table(base, names, rows, against, ABLATION)
     lines += ["", "## Cost of one training", "", *_costs(rows)]
     return "\n".join(lines) + "\n"
 
 
 def _table(
-    base: Trial, names: Sequence[str], rows: Mapping[str, Ranked], wanted: Sequence[str]
+    base: Trial,
+    names: Sequence[str],
+    rows: Mapping[str, Ranked],
+    against: Mapping[str, Difference],
+    wanted: Sequence[str],
 ) -> list[str]:
     heads = [HEADINGS[name] for name in names]
     group_of = {name: group for group, members in GROUPS.items() for name in members}
     lines = [
-        f"| kind | row | {' | '.join(heads)} | Overall ↑ |",
-        "| --- | --- |" + " ---: |" * (len(names) + 1),
-        f"| | Base | {' | '.join(f'{base.values()[n]:.1f}' for n in names)} | 0.0 |",
+        f"| kind | row | {' | '.join(heads)} | Overall ↑ | Overall against ours |",
+        "| --- | --- |" + " ---: |" * (len(names) + 2),
+        f"| | Base | {' | '.join(f'{base.values()[n]:.1f}' for n in names)} | 0.0 | — |",
     ]
     for name in wanted:
         if name in rows:
             cells = [rows[name].cell(score) for score in (*names, "overall")]
+            cells.append(str(against.get(name, "—")))
             kind = group_of.get(name, "ablation")
             lines.append(f"| {kind} | {NAMES.get(name, name)} | {' | '.join(cells)} |")
     return lines
