@@ -14,17 +14,27 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from unteach.engine.config import Config
-from unteach.engine.data.records import GOALS, Record
+from unteach.engine.data.records import GOALS
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.ranking import Cost, Ranked, Trial, write_ranking
 from unteach.engine.evaluate.report import read_steps
 from unteach.engine.evaluate.scores import Score, overall
-from unteach.engine.evaluate.suites import Evaluation, evaluate, protocol_hash, read_mmlu
+from unteach.engine.evaluate.stress import any_stress, check_stresses, stressed
+from unteach.engine.evaluate.suites import (
+    Evaluation,
+    evaluate,
+    protocol_hash,
+    read_mmlu,
+    tested_records,
+)
 from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.evaluate.tuning import Tuning, tuning_records, tuning_split
 from unteach.engine.files import write_atomic
 from unteach.engine.model import tokenizer_fingerprint
 from unteach.engine.progress import say
@@ -39,19 +49,25 @@ ROWS = (*IN_CONTEXT, *METHODS)
 Split = Literal["tune", "test"]
 
 
-def compare(run: Run, names: Sequence[str], seeds: int, rates: Sequence[float]) -> None:
+def compare(
+    run: Run, names: Sequence[str], seeds: int, rates: Sequence[float], *, stress: bool = False
+) -> None:
     """Score every row that is not scored yet, then write the tables and the pictures.
 
     Args:
         names: of `ROWS`, in the order of the tables.
         seeds: trainings of each method at its best rate: run.seed and those after it.
         rates: learning rates to choose from; a single one is taken as it is.
+        stress: also measure what `evaluate` asks for beside the scores, on the base and on each
+            method's first seed.
     Raises:
         InputError: a row that cannot be trained or scored, before anything runs.
     """
     check_rows(run, names)
+    if stress:
+        check_stressed(run)
     target_stage(run)
-    table = Comparison(run)
+    table = Comparison(run, stress)
     base = table.prompted("base", "test")
     first, ranked = run.config.run.seed, []
     for name in names:
@@ -65,7 +81,8 @@ def compare(run: Run, names: Sequence[str], seeds: int, rates: Sequence[float]) 
             table.remove_weights(name, sweep.lr, seed)
         ranked.append(Ranked(name, tuple(trials), sweep.tried))
     if run.world.rank == 0:
-        say(write_ranking(table.folder, base, ranked))
+        tuning = table.tuning if any(row.tried for row in ranked) else None
+        say(write_ranking(table.folder, base, ranked, tuning))
         say(f"compare: {table.folder / 'ranking.md'}")
     run.world.wait()
 
@@ -115,20 +132,14 @@ def check_rows(run: Run, names: Sequence[str]) -> None:
             check_method(run.asked.model_copy(update={"method": method}), run.records)
 
 
-def tuning_records(records: Sequence[Record]) -> list[Record]:
-    """Questions to choose a learning rate by, as test records: those of split `tune`.
-
-    Where there is none the training questions serve; test questions never do.
-    """
-    split = "tune" if any(record.split == "tune" for record in records) else "train"
-    chosen = [r for r in records if r.split == split and r.form == "qa" and r.golds]
-    scored = [
-        r
-        for r in chosen
-        if not (r.goal == "neighbor" and not r.options)
-        and not (r.goal == "attack" and not r.prefix)
-    ]
-    return [record.model_copy(update={"split": "test"}) for record in scored]
+def check_stressed(run: Run) -> None:
+    """Refuse `--stress` where nothing is asked for, or where it cannot be measured."""
+    if not any_stress(run.config):
+        raise InputError(
+            "--stress measures what the evaluate section asks for, which is nothing: --set "
+            "evaluate.few_shot=4, evaluate.quantized=[8,4] or evaluate.relearn_steps=10."
+        )
+    check_stresses(run.config, run.records)
 
 
 class Sweep:
@@ -141,8 +152,8 @@ class Sweep:
 class Comparison:
     """One ranking in a run folder: what it is made of, and the lines it has."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.world = run, run.world
+    def __init__(self, run: Run, stress: bool = False) -> None:
+        self.run, self.world, self.stress = run, run.world, stress
         self.folder = run.folder / "compare"
         self.path = self.folder / "rows.jsonl"
         self.words = tokenizer_fingerprint(run.tokenizer)
@@ -150,6 +161,7 @@ class Comparison:
         tune = tuning_records(run.records)
         goals = tuple(g for g in run.config.evaluate.goals if any(r.goal == g for r in tune))
         settings = run.config.evaluate.model_copy(update={"goals": goals})
+        self.tuning = Tuning(tuning_split(run.records), len(tested_records(settings, tune)))
         self.tests = {
             "test": (run.config, run.records, mmlu),
             "tune": (run.config.model_copy(update={"evaluate": settings}), tune, None),
@@ -168,7 +180,8 @@ class Comparison:
         inputs = digest([self.run.base_fingerprint, self._protocol(split), told.routing, prompts])
         found = self._line(name, None, None, split, inputs)
         if found is None:
-            scored = self._scored(self.run.base, f"{name}, {split}", split, told)
+            stress = self._stressed(name, None, split)
+            scored = self._scored(self.run.base, f"{name}, {split}", split, told, stress)
             self._append(name, None, None, split, inputs, scored, None)
         return self._expect(name, None, None, split, inputs)
 
@@ -181,7 +194,8 @@ class Comparison:
             fresh = reset_peak(self.world.device)
             train_stage(cell, training_cache(cell))
             model = str(cell.folder / "model")
-            scored = self._scored(model, f"{name}, {split}", split, NOTHING)
+            stress = self._stressed(name, seed, split)
+            scored = self._scored(model, f"{name}, {split}", split, NOTHING, stress)
             cost = cost_of(cell.folder / "train.jsonl", peak_known=fresh)
             self._append(name, lr, seed, split, inputs, scored, cost)
         return self._expect(name, lr, seed, split, inputs)
@@ -239,15 +253,21 @@ class Comparison:
         config, records, mmlu = self.tests[split]
         return protocol_hash(config, records, mmlu, self.words)
 
-    def _scored(self, path: str, title: str, split: Split, told: Told) -> Evaluation | None:
+    def _stressed(self, name: str, seed: int | None, split: Split) -> bool:
+        """Whether a trial holds stress scores: the base has them, and each method's first seed."""
+        own = name == "base" or seed == self.run.config.run.seed
+        return self.stress and split == "test" and own
+
+    def _scored(
+        self, path: str, title: str, split: Split, told: Told, stress: bool
+    ) -> Evaluation | None:
         """Scores in float32, on rank 0; the others have none."""
         if self.world.rank != 0:
             return None
         config, records, mmlu = self.tests[split]
-        model = self.run.load(path, "float32")
-        return evaluate(
-            config, model, self.run.tokenizer, records, mmlu=mmlu, title=title, told=told
-        )
+        load, words = partial(self.run.load, path, "float32"), self.run.tokenizer
+        found = evaluate(config, load(), words, records, mmlu=mmlu, title=title, told=told)
+        return stressed(config, load, words, records, found) if stress else found
 
     def _line(
         self, name: str, lr: float | None, seed: int | None, split: Split, inputs: str
@@ -255,7 +275,8 @@ class Comparison:
         """The finished line of these very inputs, or None; every rank reads the same file."""
         for line in read_trials(self.path):
             key = (line.method, line.lr, line.seed, line.split, line.inputs)
-            if key == (name, lr, seed, split, inputs):
+            whole = not self._stressed(name, seed, split) or any(map(is_stress, line.extra))
+            if whole and key == (name, lr, seed, split, inputs):
                 return line
         return None
 

@@ -66,6 +66,11 @@ class DataConfig(SourceSettings):
         description="put several records into one row of up to so many tokens, kept apart by their "
         "position ids; None = a padded row each",
     )
+    attack_prefixes: str | None = Field(
+        None,
+        description="prefixes.json of `unteach prefixes`, or a text file with one prefix a line: "
+        "train attack records are trained once more behind these, in turn",
+    )
     known_only: bool = Field(
         False,
         description="drop the forget and attack records that the base model does not answer",

@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from unteach.engine.attention import check_attention
 from unteach.engine.config import Config, Dtype, dump_config
 from unteach.engine.data.assemble import near_duplicates
+from unteach.engine.data.found_prefixes import with_found_prefixes
 from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
 from unteach.engine.data.rejects import Rejects
@@ -49,6 +50,7 @@ class Run:
     Attributes:
         config: with everything that its method fixes.
         asked: without that.
+        found: which record each one made by data.attack_prefixes repeats, by id.
         home: the run folder whose taught model and known questions this run shares; None = its own.
         cache: where the teacher cache lies; None = in its own folder.
     """
@@ -60,6 +62,7 @@ class Run:
     records: list[Record]
     intentions: Intentions | None
     origin: str
+    found: Mapping[str, str] = field(default_factory=dict)
     home: Path | None = None
     cache: Path | None = None
 
@@ -100,6 +103,11 @@ class Run:
             write_atomic(self.folder / "config.yaml", dump_config(self.config).encode())
             write_json(self.folder / "environment.json", environment(self.world))
 
+    @property
+    def own_records(self) -> list[Record]:
+        """The records of the file: what the base is taught, whatever was found against it."""
+        return [record for record in self.records if record.id not in self.found]
+
     def split(self, name: str) -> list[Record]:
         """Records of a split, in file order."""
         return [record for record in self.records if record.split == name]
@@ -126,6 +134,9 @@ def open_run(config: Config, world: World) -> Run:
     path = prepared(config.data, folder)
     records = read_records(path)
     check_disjoint(records)
+    found: dict[str, str] = {}
+    if config.data.attack_prefixes is not None:
+        records, found = with_found_prefixes(records, Path(config.data.attack_prefixes))
     check_method(config, records)
     intentions = None
     if config.teacher.intentions is not None:
@@ -141,7 +152,7 @@ def open_run(config: Config, world: World) -> Run:
     origin = resolve_model(config.model.path, folder)
     say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
-    return Run(settle(config), config, world, folder, records, intentions, origin)
+    return Run(settle(config), config, world, folder, records, intentions, origin, found)
 
 
 def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> bool:

@@ -65,7 +65,7 @@ def target_stage(run: Run) -> None:
     output = run.folder / "target" / "model"
     inputs = {
         "model": model_fingerprint(run.origin),
-        "records": records_fingerprint(run.records),
+        "records": records_fingerprint(run.own_records),
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
         "seed": config.run.seed,
@@ -74,7 +74,7 @@ def target_stage(run: Run) -> None:
         say("target: done before, skipped")
         return
     run.remember()
-    streams = target_streams(config, run.tokenizer, run.records, run.intentions)
+    streams = target_streams(config, run.tokenizer, run.own_records, run.intentions)
     train(
         Job(
             title="target",
@@ -99,7 +99,8 @@ def training_records(run: Run) -> list[Record]:
     if not run.config.data.known_only:
         return records
     path = run.root / "known.json"
-    candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
+    own = run.own_records
+    candidates = [r for r in own if r.goal in ("forget", "attack") and r.form == "qa"]
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
     if run.world.rank == 0 and not stamp_matches(run.root, "known", inputs, path):
         model = run.load(run.base, "float32")
@@ -110,7 +111,7 @@ def training_records(run: Run) -> list[Record]:
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
     asked = [r for r in records if r.goal in ("forget", "attack")]
-    dropped = [r.id for r in asked if r.id not in names]
+    dropped = [r.id for r in asked if run.found.get(r.id, r.id) not in names]
     say(
         f"known: the base answers {len(asked) - len(dropped)} of {len(asked)} forget and attack "
         f"questions to train on; {len(dropped)} dropped"

@@ -41,8 +41,8 @@ class SourceSettings(Section):
     )
     revision: str | None = Field(
         None,
-        description="git revision of a hub data set; None = the newest, whose commit is written "
-        "into data/source.json",
+        description="git commit, branch or tag of a hub data set; None = the newest. The commit "
+        "that it is at first is written into data/revision.json, and a rerun reads no other",
     )
     streaming: bool = Field(
         False, description="read hub rows as they come instead of into the datasets cache"
