@@ -93,7 +93,9 @@ class StandardizeConfig(Section):
         (), description="words that give the topic away besides its name; neighbours have none"
     )
     prompts: str | None = Field(
-        None, description="folder whose files stand in for the shipped prompts of the same name"
+        None,
+        description="folder whose files stand in for the shipped prompts of the same name; `plain` "
+        "= those for a small model, which replies in lines instead of JSON",
     )
     chunk_words: int = Field(180, ge=20, description="most words of a passage")
     pairs: int = Field(4, ge=1, description="questions asked for a passage")
