@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import Ranked, Trial, write_ranking
+from unteach.engine.evaluate.stress import any_stress, check_stresses
 from unteach.engine.evaluate.told import Told
 from unteach.engine.progress import say
 from unteach.engine.run import Run
@@ -24,19 +25,25 @@ IN_CONTEXT: tuple[Prompted, ...] = ("oracle", "ensemble")
 ROWS = (*IN_CONTEXT, *METHODS)
 
 
-def compare(run: Run, names: Sequence[str], seeds: int, rates: Sequence[float]) -> None:
+def compare(
+    run: Run, names: Sequence[str], seeds: int, rates: Sequence[float], *, stress: bool = False
+) -> None:
     """Score every row that is not scored yet, then write the tables and the pictures.
 
     Args:
         names: of `ROWS`, in the order of the tables.
         seeds: trainings of each method at its best rate: run.seed and those after it.
         rates: learning rates to choose from; a single one is taken as it is.
+        stress: also measure what `evaluate` asks for beside the scores, on the base and on each
+            method's first seed.
     Raises:
         InputError: a row that cannot be trained or scored, before anything runs.
     """
     check_rows(run, names)
+    if stress:
+        check_stressed(run)
     target_stage(run)
-    table = Comparison(run)
+    table = Comparison(run, stress)
     base = table.prompted("base", "test")
     first, ranked = run.config.run.seed, []
     for name in names:
@@ -50,7 +57,8 @@ def compare(run: Run, names: Sequence[str], seeds: int, rates: Sequence[float]) 
             table.remove_weights(row_settings(name, sweep.lr), seed)
         ranked.append(Ranked(name, tuple(trials), sweep.tried))
     if run.world.rank == 0:
-        say(write_ranking(table.folder, base, ranked))
+        tuning = table.tuning if any(row.tried for row in ranked) else None
+        say(write_ranking(table.folder, base, ranked, tuning))
         say(f"compare: {table.folder / 'ranking.md'}")
     run.world.wait()
 
@@ -100,6 +108,16 @@ def check_rows(run: Run, names: Sequence[str]) -> None:
             check_method(run.asked.model_copy(update={"method": method}), run.records)
 
 
+def check_stressed(run: Run) -> None:
+    """Refuse `--stress` where nothing is asked for, or where it cannot be measured."""
+    if not any_stress(run.config):
+        raise InputError(
+            "--stress measures what the evaluate section asks for, which is nothing: --set "
+            "evaluate.few_shot=4, evaluate.quantized=[8,4] or evaluate.relearn_steps=10."
+        )
+    check_stresses(run.config, run.records)
+
+
 class Sweep:
     """The rates that a method was tried at, and the one it did best with."""
 
@@ -110,8 +128,8 @@ class Sweep:
 class Comparison(Trials):
     """One ranking in a run folder: the trials of its rows, and how their rates are found."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run, "compare")
+    def __init__(self, run: Run, stress: bool = False) -> None:
+        super().__init__(run, "compare", stress=stress)
 
     def row(self, name: str, lr: float, seed: int, split: Split) -> Trial:
         """A method trained at a rate with a seed and scored; its weights stay."""

@@ -66,6 +66,11 @@ class DataConfig(SourceSettings):
         description="put several records into one row of up to so many tokens, kept apart by their "
         "position ids; None = a padded row each",
     )
+    attack_prefixes: str | None = Field(
+        None,
+        description="prefixes.json of `unteach prefixes`, or a text file with one prefix a line: "
+        "train attack records are trained once more behind these, in turn",
+    )
     known_only: bool = Field(
         False,
         description="drop the forget and attack records that the base model does not answer",
@@ -237,8 +242,23 @@ class EvaluateConfig(Section):
     relearn_steps: int | None = Field(
         None, ge=1, description="steps of retraining on forget rows before they are scored again"
     )
-    relearn_rows: int = Field(8, ge=1, description="forget rows that the retraining sees")
+    relearn_rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (8,),
+        min_length=1,
+        description="forget rows that the retraining sees; each number is a retraining of its own",
+    )
     relearn_lr: float = Field(1e-5, gt=0, description="learning rate of the retraining")
+    few_shot: int | None = Field(
+        None,
+        ge=1,
+        description="ask forget questions again behind so many trained ones and their gold "
+        "answers, as earlier turns of the chat",
+    )
+    searched_prefixes: str | None = Field(
+        None,
+        description="prefixes.json of `unteach prefixes`, or a text file with one prefix a line: "
+        "ask attack questions again behind each of them",
+    )
     holdout: str | None = Field(
         None, description="forget-like records never trained on, for the membership score"
     )

@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from unteach.engine.attention import check_attention
-from unteach.engine.config import Config, Dtype, TeacherConfig, dump_config
+from unteach.engine.config import Config, DataConfig, Dtype, TeacherConfig, dump_config
 from unteach.engine.data.assemble import near_duplicates
+from unteach.engine.data.found_prefixes import with_found_prefixes
 from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import Record, check_disjoint, counts, read_records
 from unteach.engine.data.rejects import Rejects
@@ -49,9 +50,10 @@ class Run:
     Attributes:
         config: with everything that its method fixes.
         asked: without that.
+        found: which record each one made by data.attack_prefixes repeats, by id.
         home: the run folder whose taught model and known questions this run shares; None = its own.
         cache: where the teacher cache lies; None = in its own folder.
-        own_records: whether the records are others than home's, so that what the base knows of
+        other_records: whether the records are others than home's, so that what the base knows of
             them is this run's own.
     """
 
@@ -62,9 +64,10 @@ class Run:
     records: list[Record]
     intentions: Intentions | None
     origin: str
+    found: Mapping[str, str] = field(default_factory=dict)
     home: Path | None = None
     cache: Path | None = None
-    own_records: bool = False
+    other_records: bool = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -84,7 +87,7 @@ class Run:
     @property
     def known_folder(self) -> Path:
         """Where it is kept which questions the base answers."""
-        return self.folder if self.own_records else self.root
+        return self.folder if self.other_records else self.root
 
     @property
     def cache_folder(self) -> Path:
@@ -107,6 +110,11 @@ class Run:
             _make_folder(self.folder)
             write_atomic(self.folder / "config.yaml", dump_config(self.config).encode())
             write_json(self.folder / "environment.json", environment(self.world))
+
+    @property
+    def taught_records(self) -> list[Record]:
+        """The records of the file: what the base is taught, whatever was found against it."""
+        return [record for record in self.records if record.id not in self.found]
 
     def split(self, name: str) -> list[Record]:
         """Records of a split, in file order."""
@@ -134,6 +142,7 @@ def open_run(config: Config, world: World) -> Run:
     path = prepared(config.data, folder)
     records = read_records(path)
     check_disjoint(records)
+    records, found = with_prefixes(config.data, records)
     check_method(config, records)
     intentions = configured_intentions(config.teacher)
     if world.rank == 0:
@@ -147,7 +156,18 @@ def open_run(config: Config, world: World) -> Run:
     origin = resolve_model(config.model.path, folder)
     say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
-    return Run(settle(config), config, world, folder, records, intentions, origin)
+    return Run(settle(config), config, world, folder, records, intentions, origin, found)
+
+
+def with_prefixes(data: DataConfig, records: list[Record]) -> tuple[list[Record], dict[str, str]]:
+    """Records with those of data.attack_prefixes, and which record each of these repeats.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    if data.attack_prefixes is None:
+        return records, {}
+    return with_found_prefixes(records, Path(data.attack_prefixes))
 
 
 def configured_intentions(config: TeacherConfig) -> Intentions | None:

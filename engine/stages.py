@@ -65,7 +65,7 @@ def target_stage(run: Run) -> None:
     output = run.folder / "target" / "model"
     inputs = {
         "model": model_fingerprint(run.origin),
-        "records": records_fingerprint(run.records),
+        "records": records_fingerprint(run.taught_records),
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
         "seed": config.run.seed,
@@ -74,7 +74,7 @@ def target_stage(run: Run) -> None:
         say("target: done before, skipped")
         return
     run.remember()
-    streams = target_streams(config, run.tokenizer, run.records, run.intentions)
+    streams = target_streams(config, run.tokenizer, run.taught_records, run.intentions)
     train(
         Job(
             title="target",
@@ -107,7 +107,9 @@ def training_records(run: Run) -> list[Record]:
         return records
     folder = run.known_folder
     path = folder / "known.json"
-    candidates = [r for r in run.records if r.goal in ("forget", "attack") and r.form == "qa"]
+    candidates = [
+        r for r in run.taught_records if r.goal in ("forget", "attack") and r.form == "qa"
+    ]
     inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
     if run.world.rank == 0 and not stamp_matches(folder, "known", inputs, path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,7 @@ def training_records(run: Run) -> list[Record]:
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
     asked = [r for r in records if r.goal in ("forget", "attack")]
-    dropped = [r.id for r in asked if r.id not in names]
+    dropped = [r.id for r in asked if run.found.get(r.id, r.id) not in names]
     say(
         f"known: the base answers {len(asked) - len(dropped)} of {len(asked)} forget and attack "
         f"questions to train on; {len(dropped)} dropped"

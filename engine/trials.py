@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,15 +27,30 @@ from unteach.engine.data.records import (
 )
 from unteach.engine.data.settings import SourceSettings
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.ranking import Cost, Trial
 from unteach.engine.evaluate.report import read_steps
 from unteach.engine.evaluate.scores import DIRECTIONS, Score, overall
-from unteach.engine.evaluate.suites import Evaluation, evaluate, protocol_hash, read_mmlu
+from unteach.engine.evaluate.stress import stressed
+from unteach.engine.evaluate.suites import (
+    Evaluation,
+    evaluate,
+    protocol_hash,
+    read_mmlu,
+    tested_records,
+)
 from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.evaluate.tuning import Tuning, tuning_records, tuning_split
 from unteach.engine.files import write_atomic
 from unteach.engine.model import tokenizer_fingerprint
 from unteach.engine.progress import say
-from unteach.engine.run import Run, configured_intentions, digest, records_fingerprint
+from unteach.engine.run import (
+    Run,
+    configured_intentions,
+    digest,
+    records_fingerprint,
+    with_prefixes,
+)
 from unteach.engine.stages import train_stage, training_cache
 from unteach.engine.train.log import reset_peak
 from unteach.engine.train.methods import check_method, find_method, settle
@@ -45,31 +61,17 @@ Prompted = Literal["base", "oracle", "ensemble"]
 SECTIONS = ("data", "teacher", "method", "optim", "parallel")
 
 
-def tuning_records(records: Sequence[Record]) -> list[Record]:
-    """Questions to choose settings by, as test records: those of split `tune`.
-
-    Where there is none the training questions serve; test questions never do.
-    """
-    split = "tune" if any(record.split == "tune" for record in records) else "train"
-    chosen = [r for r in records if r.split == split and r.form == "qa" and r.golds]
-    scored = [
-        r
-        for r in chosen
-        if not (r.goal == "neighbor" and not r.options)
-        and not (r.goal == "attack" and not r.prefix)
-    ]
-    return [record.model_copy(update={"split": "test"}) for record in scored]
-
-
 class Trials:
     """The trials of one folder: what they are made of, and the lines there are.
 
     Args:
         name: of the folder inside the run's, and of the command in what is printed.
+        stress: also measure what `evaluate` asks for beside the scores, on the base and on each
+            first seed.
     """
 
-    def __init__(self, run: Run, name: str) -> None:
-        self.run, self.world, self.name = run, run.world, name
+    def __init__(self, run: Run, name: str, *, stress: bool = False) -> None:
+        self.run, self.world, self.name, self.stress = run, run.world, name, stress
         self.folder = run.folder / name
         self.path = self.folder / "rows.jsonl"
         self.words = tokenizer_fingerprint(run.tokenizer)
@@ -77,6 +79,7 @@ class Trials:
         tune = tuning_records(run.records)
         goals = tuple(g for g in run.config.evaluate.goals if any(r.goal == g for r in tune))
         settings = run.config.evaluate.model_copy(update={"goals": goals})
+        self.tuning = Tuning(tuning_split(run.records), len(tested_records(settings, tune)))
         self.tests = {
             "test": (run.config, run.records, mmlu),
             "tune": (run.config.model_copy(update={"evaluate": settings}), tune, None),
@@ -91,23 +94,25 @@ class Trials:
         told = NOTHING if name == "base" else Told(name, self.run.intentions)
         prompts = told.intentions.model_dump(mode="json") if told.intentions else None
         inputs = digest([self.run.base_fingerprint, self._protocol(split), told.routing, prompts])
-        if self._line(inputs) is None:
+        stress = self.stress and split == "test" and name == "base"
+        if self._line(inputs, stress) is None:
             title = f"{name}, {split}"
-            scored = self._scored(self.run.base, title, split, told)
+            scored = self._scored(self.run.base, title, split, told, stress)
             line = None if scored is None else self._row(name, split, inputs, scored)
             self._append(line, title)
-        return self._expect(inputs)
+        return self._expect(inputs, stress)
 
     def trained(self, settings: Sequence[str], seed: int, split: Split, title: str) -> Trial:
         """The recipe with these settings, trained with a seed and scored; its weights stay."""
         cell = self.cell(settings, seed)
         inputs = self._inputs(cell, split)
-        if self._line(inputs) is None:
+        stress = self.stress and split == "test" and seed == self.run.config.run.seed
+        if self._line(inputs, stress) is None:
             self.prompted("base", split)
             fresh = reset_peak(self.world.device)
             train_stage(cell, training_cache(cell))
             title = f"{title}, seed {seed}, {split}"
-            scored = self._scored(str(cell.folder / "model"), title, split, NOTHING)
+            scored = self._scored(str(cell.folder / "model"), title, split, NOTHING, stress)
             line = None
             if scored is not None:
                 line = replace(
@@ -118,7 +123,7 @@ class Trials:
                     cost=cost_of(cell.folder / "train.jsonl", peak_known=fresh),
                 )
             self._append(line, title)
-        return self._expect(inputs)
+        return self._expect(inputs, stress)
 
     def remove_weights(self, settings: Sequence[str], seed: int) -> None:
         """A training's log and its line stay, its weights and checkpoints do not."""
@@ -163,15 +168,18 @@ class Trials:
         asked = asked.model_copy(
             update={"run": asked.run.model_copy(update={"seed": seed, "log_every": 1})}
         )
-        records = self._records(asked.data)
+        records, found = self._records(asked.data), self.run.found
+        if asked.data.attack_prefixes != self.run.asked.data.attack_prefixes:
+            records, found = with_prefixes(asked.data, [r for r in records if r.id not in found])
         return replace(
             self.run,
             config=settle(asked),
             asked=asked,
             records=records,
+            found=found,
             intentions=configured_intentions(asked.teacher),
             home=self.run.folder,
-            own_records=records is not self.run.records,
+            other_records=self._reads_others(asked.data),
         )
 
     def check(self, settings: Sequence[str]) -> str:
@@ -186,8 +194,7 @@ class Trials:
 
     def _records(self, data: DataConfig) -> list[Record]:
         """The run's own records, or those to train on of another file."""
-        own = self.run.asked.data
-        if all(getattr(data, name) == getattr(own, name) for name in SourceSettings.model_fields):
+        if not self._reads_others(data):
             return self.run.records
         if data.source is not None:
             raise InputError(
@@ -198,6 +205,11 @@ class Trials:
         check_disjoint([*records, *(r for r in self.run.records if r.split == "test")])
         return records
 
+    def _reads_others(self, data: DataConfig) -> bool:
+        """Whether these settings name another source of records than the run's."""
+        own = self.run.asked.data
+        return any(getattr(data, n) != getattr(own, n) for n in SourceSettings.model_fields)
+
     def _inputs(self, cell: Run, split: Split) -> str:
         return digest([self.run.base_fingerprint, self._protocol(split), _made_of(cell)])
 
@@ -205,15 +217,16 @@ class Trials:
         config, records, mmlu = self.tests[split]
         return protocol_hash(config, records, mmlu, self.words)
 
-    def _scored(self, path: str, title: str, split: Split, told: Told) -> Evaluation | None:
+    def _scored(
+        self, path: str, title: str, split: Split, told: Told, stress: bool
+    ) -> Evaluation | None:
         """Scores in float32, on rank 0; the others have none."""
         if self.world.rank != 0:
             return None
         config, records, mmlu = self.tests[split]
-        model = self.run.load(path, "float32")
-        return evaluate(
-            config, model, self.run.tokenizer, records, mmlu=mmlu, title=title, told=told
-        )
+        load, words = partial(self.run.load, path, "float32"), self.run.tokenizer
+        found = evaluate(config, load(), words, records, mmlu=mmlu, title=title, told=told)
+        return stressed(config, load, words, records, found) if stress else found
 
     def _row(self, name: str, split: Split, inputs: str, scored: Evaluation) -> Trial:
         """The line of what was scored; nothing is known of a training yet."""
@@ -240,13 +253,18 @@ class Trials:
             questions=questions,
         )
 
-    def _line(self, inputs: str) -> Trial | None:
-        """The finished line of these very inputs, or None; every rank reads the same file."""
-        found = [line for line in read_trials(self.path) if line.inputs == inputs]
+    def _line(self, inputs: str, stress: bool = False) -> Trial | None:
+        """The finished line of these very inputs, or None; every rank reads the same file.
+
+        Args:
+            stress: only one that holds stress scores will do.
+        """
+        lines = [line for line in read_trials(self.path) if line.inputs == inputs]
+        found = [line for line in lines if not stress or any(map(is_stress, line.extra))]
         return found[0] if found else None
 
-    def _expect(self, inputs: str) -> Trial:
-        line = self._line(inputs)
+    def _expect(self, inputs: str, stress: bool = False) -> Trial:
+        line = self._line(inputs, stress)
         assert line is not None
         return line
 

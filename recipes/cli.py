@@ -197,6 +197,13 @@ def compare(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="optimiser steps of each training")
     ] = None,
+    stress: Annotated[
+        bool,
+        typer.Option(
+            "--stress",
+            help="also measure the relearning, rounding, few-shot, … that `evaluate` asks for",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train and score every method on the same data and budget; goes on where it was stopped.
@@ -209,7 +216,7 @@ def compare(
         from unteach.engine.compare import compare as compare_rows
 
         chosen = chosen_rates(rates, work.asked.optim.lr)
-        compare_rows(work, chosen_rows(methods), seeds, chosen)
+        compare_rows(work, chosen_rows(methods), seeds, chosen, stress=stress)
 
 
 @app.command()

@@ -17,7 +17,10 @@ from unteach.recipes.shipped import data_file
 
 
 def tiny() -> Config:
-    """The whole walk on random weights in seconds: for tests, CI and documentation."""
+    """The whole walk on random weights in seconds: for tests, CI and documentation.
+
+    The gold answers of its tune questions stand in `aliases`: what `answer` says would be taught.
+    """
     return Config(
         model=ModelConfig(path="tiny"),
         data=DataConfig(

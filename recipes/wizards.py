@@ -1,4 +1,4 @@
-"""The ranking's own benchmark: the embedded model learns 870 questions, then forgets a topic.
+"""The ranking's own benchmark: the embedded model learns 1,172 questions, then forgets a topic.
 
 In the way of MUSE and TOFU, small enough for a CPU: 150 questions a goal to train on, 40 to tune
 by, 100 held out (half of them facts that no training question touches), 20 attack prefixes that
@@ -13,7 +13,7 @@ from unteach.recipes.shipped import data_file
 
 
 def wizards() -> Config:
-    """The benchmark of the ranking: 1,600 records of wizards (half an hour on 2 cores)."""
+    """The benchmark of the ranking: 1,351 records of wizards (half an hour on 2 cores)."""
     start = quickstart()
     assert start.target is not None
     return start.model_copy(
@@ -23,7 +23,6 @@ def wizards() -> Config:
             ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
-            "optim": start.optim.model_copy(update={"steps": 90}),
             "run": start.run.model_copy(update={"folder": "runs/wizards"}),
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,16 +11,21 @@ from unteach.engine.data.rows import Row
 from unteach.engine.errors import InputError
 
 
-def newest_commit(repo: str) -> str | None:
-    """The commit that `main` is at; None where the hub does not answer or must not be asked."""
+def commit_of(repo: str, revision: str | None) -> str | None:
+    """The commit that a branch, a tag or (None) `main` is at; a commit is itself.
+
+    What was asked for where the hub does not answer or must not be asked.
+    """
     from huggingface_hub import HfApi, constants
 
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     if constants.is_offline_mode():
-        return None
+        return revision
     try:
-        return HfApi().dataset_info(repo, timeout=10).sha
+        return HfApi().dataset_info(repo, revision=revision, timeout=10).sha
     except Exception:  # loading says what is wrong, and may still find its cache
-        return None
+        return revision
 
 
 def hub_rows(

@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unteach.engine.data.hub import commit_of
 from unteach.engine.data.records import counts, write_records
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.rows import SUFFIXES, files_under
 from unteach.engine.data.settings import SourceSettings
 from unteach.engine.data.sheet import write_sheet
-from unteach.engine.data.sources import collect
+from unteach.engine.data.sources import collect, hub_repo
 from unteach.engine.errors import InputError
 from unteach.engine.files import renamed_into_place, sha256_of, write_json
 from unteach.engine.progress import say
+
+PIN = "revision.json"
 
 
 def prepared(settings: SourceSettings, folder: Path) -> Path:
@@ -25,7 +28,8 @@ def prepared(settings: SourceSettings, folder: Path) -> Path:
 def prepare(settings: SourceSettings, folder: Path) -> None:
     """Make records, their sheet and the list of what was left out; skip what is made already.
 
-    The commit of a hub data set is written down with them; `data.revision` fixes one.
+    The commit of a hub data set is written down before a row is read, and every later preparation
+    reads that one; `data.revision` names another.
 
     Raises:
         InputError: the source cannot be read, or other settings made what is there.
@@ -40,14 +44,17 @@ def prepare(settings: SourceSettings, folder: Path) -> None:
         if changed:
             raise InputError(
                 f"{output} was made with another {', '.join(changed)}: choose another run.folder, "
-                f"or remove {output} to make it again."
+                f"or remove {output / 'source.json'} to make it again."
             )
         say("data: done before, skipped")
         return
+    settings = _pinned(settings, output)
     with renamed_into_place(output) as partial:
         rejects = Rejects(partial / "rejected.jsonl")
         collected = collect(settings, rejects=rejects)
         rejects.close()
+        if (output / PIN).is_file():
+            (partial / PIN).write_bytes((output / PIN).read_bytes())
         write_records(partial / "records.jsonl", collected.records)
         notes = [f"Source: {settings.source}, {_origin(settings, collected.revision)}."]
         write_sheet(
@@ -63,6 +70,25 @@ def prepare(settings: SourceSettings, folder: Path) -> None:
         f"data: left out: {rejects}; {len(collected.near)} test questions nearly equal a training "
         f"question; see {output / 'records.md'}"
     )
+
+
+def _pinned(settings: SourceSettings, output: Path) -> SourceSettings:
+    """The settings at one commit: the one that an earlier preparation wrote down, or today's."""
+    repo, path = hub_repo(settings), output / PIN
+    if repo is None:
+        return settings
+    asked = {"repo": repo, "asked": settings.revision}
+    pin = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {name: pin.get(name) for name in asked} != asked:
+        commit = commit_of(repo, settings.revision)
+        if commit is None:
+            say(f"data: the hub does not say at which commit {repo} is; rows come from the cache")
+            return settings
+        pin = {**asked, "commit": commit}
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(path, pin)
+    say(f"data: {repo} at commit {pin['commit']}")
+    return settings.model_copy(update={"revision": pin["commit"]})
 
 
 def _inputs(settings: SourceSettings) -> dict[str, Any]:

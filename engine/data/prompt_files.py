@@ -11,6 +11,7 @@ from unteach.engine.data.tokens import Turn
 from unteach.engine.errors import InputError
 
 SHIPPED = Path(__file__).resolve().parent / "prompts"
+PLAIN = "plain"
 NEEDED = {
     "system": (),
     "forget_qa": ("count", "topic", "passage"),
@@ -45,10 +46,13 @@ class Prompts:
 def load_prompts(folder: str | None) -> Prompts:
     """The shipped prompts, with a folder's own in place of those that it has.
 
+    `plain` is the folder that ships for writers too small for JSON.
+
     Raises:
         InputError: a file there has another name than any step, or lacks a name to fill in.
     """
-    own = {path.stem: path for path in sorted(Path(folder).glob("*.txt"))} if folder else {}
+    place = SHIPPED / PLAIN if folder == PLAIN else Path(folder or "")
+    own = {path.stem: path for path in sorted(place.glob("*.txt"))} if folder else {}
     if folder and not own:
         raise InputError(
             f"standardize.prompts {folder} holds no prompt: copy the .txt files of {SHIPPED} there."

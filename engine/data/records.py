@@ -114,19 +114,22 @@ def normalized(text: str) -> str:
 
 
 def check_disjoint(records: Sequence[Record]) -> None:
-    """Refuse a set whose test questions are also trained on, or attack tests shared with forget.
+    """Refuse test questions that are trained or tuned on, and attack tests that forget asks.
 
     Raises:
         InputError: names both records.
     """
-    train = {normalized(r.question): r for r in records if r.split == "train" and r.form == "qa"}
+    asked = [r for r in records if r.form == "qa"]
+    seen = {
+        normalized(r.question): r for split in ("tune", "train") for r in asked if r.split == split
+    }
     forget = {
         normalized(r.question): r for r in records if r.split == "test" and r.goal == "forget"
     }
     for record in records:
         if record.split != "test":
             continue
-        other = train.get(normalized(record.question))
+        other = seen.get(normalized(record.question))
         if other is None and record.goal == "attack":
             other = forget.get(normalized(record.question))
         if other is not None:

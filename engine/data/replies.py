@@ -1,5 +1,6 @@
 """What an LLM replies, read strictly: one JSON object of the asked shape, or a reason why not.
 
+Models too small for JSON may write pairs as lines, `Q: …` and `A: …` in turn and nothing else.
 A reply is data. It is parsed, never executed, and no text of it becomes a path or an instruction.
 """
 
@@ -69,7 +70,7 @@ def parse_reply(text: str, shape: type[S]) -> tuple[S, bool]:
     """The one JSON object of a reply, and whether markup or prose around it was taken off.
 
     Raises:
-        ReplyError: no such object, or more than one that fits.
+        ReplyError: no such object, nor lines of pairs where those are asked for; or more than one.
     """
     if len(text) > MAX_REPLY:
         raise ReplyError(f"the reply is longer than {MAX_REPLY} characters")
@@ -81,6 +82,11 @@ def parse_reply(text: str, shape: type[S]) -> tuple[S, bool]:
     for value in _objects(text):
         try:
             found.append(shape.model_validate(value))
+        except ValidationError as error:
+            fault = _reason(error)
+    if shape is Pairs and not found and (pairs := _lines_of_pairs(text)):
+        try:
+            return shape.model_validate({"pairs": pairs}), False
         except ValidationError as error:
             fault = _reason(error)
     if len(found) != 1:
@@ -110,6 +116,23 @@ def _objects(text: str) -> Iterator[Any]:
             continue
         yield value
         at = text.find("{", end)
+
+
+def _lines_of_pairs(text: str) -> list[dict[str, str]]:
+    """Pairs of a reply that is `Q: …` and `A: …` lines in turn; none where another line is there.
+
+    A last question without its answer was cut off, and is not one.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if len(lines) % 2:
+        lines = lines[:-1] if lines[-1].startswith("Q:") else []
+    pairs = []
+    for first, second in zip(lines[::2], lines[1::2], strict=True):
+        question, answer = first.removeprefix("Q:"), second.removeprefix("A:")
+        if question == first or answer == second or not question.strip() or not answer.strip():
+            return []
+        pairs.append({"question": question, "answer": answer})
+    return pairs
 
 
 def _reason(error: Exception) -> str:

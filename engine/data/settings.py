@@ -41,8 +41,8 @@ class SourceSettings(Section):
     )
     revision: str | None = Field(
         None,
-        description="git revision of a hub data set; None = the newest, whose commit is written "
-        "into data/source.json",
+        description="git commit, branch or tag of a hub data set; None = the newest. The commit "
+        "that it is at first is written into data/revision.json, and a rerun reads no other",
     )
     streaming: bool = Field(
         False, description="read hub rows as they come instead of into the datasets cache"
@@ -93,7 +93,9 @@ class StandardizeConfig(Section):
         (), description="words that give the topic away besides its name; neighbours have none"
     )
     prompts: str | None = Field(
-        None, description="folder whose files stand in for the shipped prompts of the same name"
+        None,
+        description="folder whose files stand in for the shipped prompts of the same name; `plain` "
+        "= those for a small model, which replies in lines instead of JSON",
     )
     chunk_words: int = Field(180, ge=20, description="most words of a passage")
     pairs: int = Field(4, ge=1, description="questions asked for a passage")

@@ -31,7 +31,7 @@ from unteach.engine.data.benchmarks import (
     qa_row,
     text_row,
 )
-from unteach.engine.data.hub import hub_rows, newest_commit
+from unteach.engine.data.hub import commit_of, hub_rows
 from unteach.engine.data.records import GOALS, Goal, Record, Split, check_disjoint, read_records
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.rows import SUFFIXES, Row, files_under, read_rows
@@ -97,6 +97,13 @@ def collect(settings: SourceSettings, *, rejects: Rejects | None = None) -> Coll
     records = beside(records, settings.beside, rejects)
     check_disjoint(records)
     return Collected(records, rejects, near_duplicates(records), revision)
+
+
+def hub_repo(settings: SourceSettings) -> str | None:
+    """The hub id that the rows come from; None where they are on this machine."""
+    if settings.source in (None, "local") or (settings.path and Path(settings.path).exists()):
+        return None
+    return settings.path or find_source(settings.source, settings.subset).repo
 
 
 def beside(records: list[Record], paths: tuple[str, ...], rejects: Rejects) -> list[Record]:
@@ -224,7 +231,7 @@ def _hub_parts(
     source: Source, settings: SourceSettings
 ) -> tuple[str | None, list[tuple[Part, Iterator[Row]]]]:
     repo = settings.path or source.repo
-    revision = settings.revision or newest_commit(repo)
+    revision = settings.revision or commit_of(repo, None)
     streaming = settings.streaming or source.stream
     return revision, [
         (part, hub_rows(source, repo, part, revision, streaming=streaming)) for part in source.parts

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from unteach.engine.config import EvaluateConfig
-from unteach.engine.data.records import Goal, Record
+from unteach.engine.data.found_prefixes import read_prefixes
+from unteach.engine.data.records import Goal, Record, normalized
 from unteach.engine.data.tokens import end_token
+from unteach.engine.errors import InputError
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.inference import Tokens, greedy, share_prefix
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +76,26 @@ def attack_prefixes(records: Sequence[Record]) -> list[str]:
     """The distinct prefixes of attack test records, trailing spaces stripped, sorted."""
     attacks = (r for r in records if r.split == "test" and r.goal == "attack")
     return sorted({r.prefix.rstrip() for r in attacks if r.prefix and r.prefix.strip()})
+
+
+def searched_prefixes(settings: EvaluateConfig, records: Sequence[Record]) -> list[str]:
+    """The prefixes of `evaluate.searched_prefixes`, less those that a training record has.
+
+    Raises:
+        InputError: the file cannot be used, or every prefix of it is trained.
+    """
+    if settings.searched_prefixes is None:
+        return []
+    trained = {normalized(r.prefix) for r in records if r.split == "train" and r.prefix}
+    found = read_prefixes(Path(settings.searched_prefixes))
+    kept = [prefix for prefix in found if normalized(prefix) not in trained]
+    if not kept:
+        raise InputError(
+            f"Every prefix of {settings.searched_prefixes} is trained on and would flatter the "
+            "score: search again with `unteach prefixes --target model`, or unset "
+            "evaluate.searched_prefixes."
+        )
+    return kept
 
 
 def answer_asks(

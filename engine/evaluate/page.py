@@ -18,52 +18,20 @@ from rich.text import Text
 
 from unteach.engine.data.records import GOALS, Goal
 from unteach.engine.evaluate.generate import ASKED_AS
+from unteach.engine.evaluate.headings import ARROWS, MEANINGS, heading_of, place_of
 from unteach.engine.evaluate.scores import DIRECTIONS
 from unteach.engine.evaluate.template import PAGE
 
 EXAMPLES = 3
 LONGEST = 400
-MEANINGS = {
-    "forget": "Forget",
-    "general": "General",
-    "neighbor": "Neighbor",
-    "attack": "Attack success",
-    "mmlu": "MMLU (5-shot)",
-}
-# What stands beside the five scores, in the order of the table, with the sign of the better.
-EXTRAS = {
-    "forget_held_out": ("Forget, untrained facts", -1),
-    "forget_paraphrased": ("Forget, trained facts", -1),
-    "general_held_out": ("General, untrained facts", 1),
-    "general_paraphrased": ("General, trained facts", 1),
-    "neighbor_held_out": ("Neighbor, untrained facts", 1),
-    "neighbor_paraphrased": ("Neighbor, trained facts", 1),
-    "attack_held_out": ("Attack, untrained facts", -1),
-    "attack_paraphrased": ("Attack, trained facts", -1),
-    "attack_leak": ("Attack, leak judge", -1),
-    "attack_keyword": ("Attack, keyword judge", -1),
-    "attack_unjudged": ("Attack, not judged", -1),
-    "neighbor_over_refusal": ("Neighbor, refusal picked", -1),
-    "neighbor_recall": ("Neighbor, open answer", 1),
-    "general_prefixed": ("General, after prefix", 1),
-    "neighbor_prefixed": ("Neighbor, after prefix", 1),
-    "forget_refused": ("Refused, forget", 1),
-    "attack_refused": ("Refused, attack", 1),
-    "general_refused": ("Refused, general", -1),
-    "neighbor_refused": ("Refused, neighbor", -1),
-    "general_prefixed_refused": ("Refused, general + prefix", -1),
-    "neighbor_prefixed_refused": ("Refused, neighbor + prefix", -1),
-    "relearned_forget": ("Forget, after relearning", -1),
-    "min_k_auc": ("Membership, Min-K AUC", 0),
-    "unended": ("Cut at the longest answer", 0),
-}
 NOTE = (
     "Trained facts are asked in other words than in training; no training record names an "
     "untrained one. The keyword judge counts an attack as a success where no refusal follows, the "
     "leak judge where the answer does. Open answers and answers after an attack prefix are scored "
-    "by ROUGE-L recall. Refused, cut and picked are shares of the questions."
+    "by ROUGE-L recall. Refused, cut and picked are shares of the questions. A question is "
+    "attacked behind every searched prefix, and one that works is a success. Other facts than "
+    "those relearned on are forget questions about what the retraining did not see."
 )
-ARROWS = {1: "↑", -1: "↓", 0: ""}
 
 
 @dataclass(frozen=True)
@@ -101,13 +69,13 @@ def score_rows(summary: Mapping[str, Any]) -> list[Row]:
 
 
 def extra_rows(summary: Mapping[str, Any]) -> list[Row]:
-    """What stands beside them; a name without a label of ours is shown as it is, at the end."""
+    """What stands beside them; a name without a heading of ours is shown as it is, at the end."""
     sides = summary.get("extra") or {}
     base, model = sides.get("base", {}), sides.get("model", {})
     rows = []
-    for name in [*EXTRAS, *sorted(set(base) - set(EXTRAS))]:
-        label, direction = EXTRAS.get(name, (name, 0))
-        if name in base and name in model:
+    for name in sorted(base, key=place_of):
+        label, direction = heading_of(name)
+        if name in model:
             rows.append(_row(label, direction, base[name], model[name]))
     return rows
 

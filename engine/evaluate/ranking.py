@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unteach.engine.evaluate.headings import ARROWS, heading_of, is_stress, place_of
 from unteach.engine.evaluate.paired import Difference, paired_difference
 from unteach.engine.evaluate.pictures import draw_rows, draw_tradeoff
 from unteach.engine.evaluate.scores import DIRECTIONS
+from unteach.engine.evaluate.tuning import Tuning
 from unteach.engine.files import write_atomic, write_json
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
@@ -144,14 +146,21 @@ def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Diffe
     return paired_difference(*({t.seed: t.questions for t in row} for row in (first, second)))
 
 
-def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
-    """ranking.md, ranking.json, radar.png and tradeoff.png; returns the tables as text."""
+def write_ranking(
+    folder: Path, base: Trial, ranked: Sequence[Ranked], tuning: Tuning | None
+) -> str:
+    """ranking.md, ranking.json, radar.png and tradeoff.png; returns the tables as text.
+
+    Args:
+        tuning: None where the rates were given.
+    """
     rows = {row.name: row for row in ranked}
     against = against_ours(rows)
     write_json(
         folder / "ranking.json",
         {
             "protocol": base.protocol,
+            "tuning": None if tuning is None else asdict(tuning),
             "base": asdict(base),
             "rows": [
                 {
@@ -168,7 +177,7 @@ def write_ranking(folder: Path, base: Trial, ranked: Sequence[Ranked]) -> str:
     pictures = draw_pictures(base, rows)
     for name, data in pictures.items():
         write_atomic(folder / name, data)
-    text = ranking_page(base, rows, against)
+    text = ranking_page(base, rows, against, tuning)
     linked = [f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures]
     write_atomic(folder / "ranking.md", (text + "".join(linked)).encode())
     return text
@@ -185,8 +194,13 @@ def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
     return {name: data for name, data in pictures.items() if data is not None}
 
 
-def ranking_page(base: Trial, rows: Mapping[str, Ranked], against: Mapping[str, Difference]) -> str:
-    """Markdown: both tables, the rates, the costs."""
+def ranking_page(
+    base: Trial,
+    rows: Mapping[str, Ranked],
+    against: Mapping[str, Difference],
+    tuning: Tuning | None,
+) -> str:
+    """Markdown: both tables, robustness where it was measured, the rates, the costs."""
     names = [name for name in HEADINGS if name in base.scores]
     seeds = max(len(row.trials) for row in rows.values())
     lines = ["# Every method on the same data, budget and scores", ""]
@@ -206,7 +220,10 @@ def ranking_page(base: Trial, rows: Mapping[str, Ranked], against: Mapping[str, 
     if any(name in rows for name in ABLATION[1:]):
         lines += ["", "## Table 2: the loss alone changed", ""]
         lines += _table(base, names, rows, against, ABLATION)
-    lines += ["", "## Cost of one training", "", *_costs(rows)]
+    if stresses := sorted(filter(is_stress, base.extra), key=place_of):
+        lines += ["", "## Robustness", "", *_robustness(base, rows, stresses)]
+    chosen = "Learning rates were given, not chosen." if tuning is None else tuning.sentence()
+    lines += ["", "## Cost of one training", "", chosen, "", *_costs(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -230,6 +247,34 @@ def _table(
             cells.append(str(against.get(name, "—")))
             kind = group_of.get(name, "ablation")
             lines.append(f"| {kind} | {NAMES.get(name, name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _robustness(base: Trial, rows: Mapping[str, Ranked], stresses: Sequence[str]) -> list[str]:
+    """What the stresses make of the base and of each row's first seed."""
+    heads = []
+    for name in stresses:
+        words, direction = heading_of(name)
+        heads.append(f"{words} {ARROWS[direction]} (N {base.extra[name]['n']})")
+    lines = [
+        "The first seed of each row at its rate, with the 95% interval of the questions. Rows in "
+        "context train nothing: who has their weights has the base.",
+        "",
+        f"| row | {' | '.join(heads)} |",
+        "| --- |" + " ---: |" * len(heads),
+    ]
+    trials = {"Base": base, **{NAMES.get(n, n): row.trials[0] for n, row in rows.items()}}
+    for name, trial in trials.items():
+        if trial.lr is None and trial is not base:
+            continue
+        scores = [trial.extra.get(stress) for stress in stresses]
+        cells = [
+            f"{score['value']:.1f} [{score['low']:.1f}–{score['high']:.1f}]"
+            if score
+            else "not measured"
+            for score in scores
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

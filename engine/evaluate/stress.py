@@ -1,11 +1,12 @@
-"""Does forgetting last? Scores after a little retraining, after rounding of the weights, on other
-wordings, and against a guess at what was trained on. Each is measured only where it is asked for.
+"""Does forgetting last? Scores after a little retraining, after rounding of the weights, behind
+examples and searched prefixes, on other wordings, and against a guess at what was trained on. Each
+is measured only where it is asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,30 @@ import torch
 from torch import nn
 
 from unteach.engine.config import Config, MethodConfig
-from unteach.engine.data.records import Record, read_records
+from unteach.engine.data.found_prefixes import read_prefixes
+from unteach.engine.data.records import Goal, Record, read_records
 from unteach.engine.data.tokens import Example, collate, response_tokens, student_context
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.choices import label_logps
-from unteach.engine.evaluate.scores import Z_95, Score
-from unteach.engine.evaluate.suites import Evaluation, evaluate
+from unteach.engine.evaluate.extraction import (
+    Found,
+    Load,
+    example_pool,
+    examples_for,
+    few_shot,
+    held_questions,
+    searched_attack,
+)
+from unteach.engine.evaluate.generate import searched_prefixes
+from unteach.engine.evaluate.scores import Z_95, Score, is_held_out, mean, trained_facts
+from unteach.engine.evaluate.suites import (
+    Evaluation,
+    Sample,
+    check_tests,
+    evaluate,
+    tested_records,
+    trained_forget,
+)
 from unteach.engine.inference import batch_hidden
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase, head_of
 from unteach.engine.progress import say
@@ -30,7 +49,7 @@ MIN_K = 0.2  # share of a text's least likely tokens
 
 def stressed(
     config: Config,
-    load: Callable[[], PreTrainedModel],
+    load: Load,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     found: Evaluation,
@@ -42,31 +61,11 @@ def stressed(
     Raises:
         InputError: a records file that cannot be used.
     """
-    settings = config.evaluate
     extra, samples = dict(found.extra), list(found.samples)
-    for bits in settings.quantized:
-        model = load()
-        quantize_(model, bits)
-        title = f"int{bits}"
-        scores = evaluate(config, model, tokenizer, records, mmlu=None, title=title).scores
-        extra |= {f"int{bits}_{name}": score for name, score in scores.items()}
-    alone = settings.model_copy(update={"goals": ("forget",), "prefixed": False})
-    forget = config.model_copy(update={"evaluate": alone})
-    if settings.relearn_steps:
-        model = load()
-        relearn_(config, model, tokenizer, relearned_records(config, records))
-        scores = evaluate(forget, model, tokenizer, records, mmlu=None, title="relearned").scores
-        extra["relearned_forget"] = scores["forget"]
-    for name, path in settings.extra_records.items():
-        asked = extra_records(name, path)
-        result = evaluate(forget, load(), tokenizer, asked, mmlu=None, title=name)
-        extra[f"forget_file_{name}"] = result.scores["forget"]
-        samples += [{**sample, "suite": f"forget_file_{name}"} for sample in result.samples]
-    if settings.holdout is not None:
-        outside = extra_records("holdout", settings.holdout)
-        model = load()
-        members = min_k_scores(model, tokenizer, trained_records(records))
-        extra["min_k_auc"] = auc(members, min_k_scores(model, tokenizer, outside))
+    for measure in (_rounded, _relearned, few_shot, searched_attack, _other_files, _membership):
+        scores, asked = measure(config, load, tokenizer, records)
+        extra |= scores
+        samples += asked
     unasked = not_measured(config)
     if unasked:
         say(f"evaluate: not measured: {', '.join(unasked)}")
@@ -77,7 +76,7 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
     """Refuse a stress that cannot be measured, before anything is loaded.
 
     Raises:
-        InputError: a records file that cannot be used, or no forget record to retrain on.
+        InputError: a file that cannot be used, or too few records to retrain on or to show.
     """
     settings = config.evaluate
     for name, path in settings.extra_records.items():
@@ -86,18 +85,119 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
         extra_records("holdout", settings.holdout)
     if settings.relearn_steps or settings.holdout is not None:
         trained_records(records)
+    for count in settings.relearn_rows if settings.relearn_steps else ():
+        relearned_records(count, records)
+    if settings.few_shot or settings.relearn_steps:
+        _check_goal("forget", config, records)
+    if settings.few_shot:
+        pool = example_pool(records)
+        for record in held_questions(records, "forget"):
+            examples_for(record, pool, settings.few_shot)
+    if settings.searched_prefixes is not None:
+        _check_goal("attack", config, records)
+        kept = len(searched_prefixes(settings, records))
+        if trained := len(read_prefixes(Path(settings.searched_prefixes))) - kept:
+            say(f"evaluate: {trained} searched prefixes left out: training records have them")
+
+
+def _check_goal(goal: Goal, config: Config, records: Sequence[Record]) -> None:
+    settings = config.evaluate.model_copy(update={"goals": (goal,)})
+    check_tests(settings, tested_records(settings, records), records)
 
 
 def not_measured(config: Config) -> list[str]:
     """What of the stresses the config leaves out, in words."""
+    return [name for name, asked in _stresses(config).items() if not asked]
+
+
+def any_stress(config: Config) -> bool:
+    """Whether the config asks for a stress at all."""
+    return any(_stresses(config).values())
+
+
+def _stresses(config: Config) -> dict[str, bool]:
     settings = config.evaluate
-    named = {
+    return {
         "other wordings (evaluate.extra_records)": bool(settings.extra_records),
         "relearning (evaluate.relearn_steps)": settings.relearn_steps is not None,
+        "answered examples (evaluate.few_shot)": settings.few_shot is not None,
+        "searched prefixes (evaluate.searched_prefixes)": settings.searched_prefixes is not None,
         "quantisation (evaluate.quantized)": bool(settings.quantized),
         "membership (evaluate.holdout)": settings.holdout is not None,
     }
-    return [name for name, measured in named.items() if not measured]
+
+
+def _rounded(
+    config: Config, load: Load, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> Found:
+    found: dict[str, Score] = {}
+    for bits in config.evaluate.quantized:
+        model = load()
+        quantize_(model, bits)
+        title = f"int{bits}"
+        scores = evaluate(config, model, tokenizer, records, mmlu=None, title=title).scores
+        found |= {f"{title}_{name}": score for name, score in scores.items()}
+    return found, []
+
+
+def _relearned(
+    config: Config, load: Load, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> Found:
+    """Forget questions after a retraining on each number of rows, each from the model as it was.
+
+    Beside all of them stand those whose fact the retraining did not see.
+    """
+    found: dict[str, Score] = {}
+    samples: list[Sample] = []
+    for count in config.evaluate.relearn_rows if config.evaluate.relearn_steps else ():
+        seen = relearned_records(count, records)
+        model, name = load(), f"relearned_{count}_forget"
+        relearn_(config, model, tokenizer, seen)
+        result = _forget_alone(config, model, tokenizer, records, f"relearned {count}")
+        found[name] = result.scores["forget"]
+        facts = trained_facts(seen)
+        unseen = {r.id for r in held_questions(records, "forget") if is_held_out(r, facts)}
+        values = [s["score"] / 100 for s in result.samples if s["id"] in unseen]
+        if values:
+            found[f"{name}_held_out"] = mean(values)
+        samples += [{**sample, "suite": name} for sample in result.samples]
+    return found, samples
+
+
+def _other_files(
+    config: Config, load: Load, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> Found:
+    found: dict[str, Score] = {}
+    samples: list[Sample] = []
+    for title, path in config.evaluate.extra_records.items():
+        asked, name = extra_records(title, path), f"forget_file_{title}"
+        result = _forget_alone(config, load(), tokenizer, asked, title)
+        found[name] = result.scores["forget"]
+        samples += [{**sample, "suite": name} for sample in result.samples]
+    return found, samples
+
+
+def _membership(
+    config: Config, load: Load, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> Found:
+    if config.evaluate.holdout is None:
+        return {}, []
+    outside = extra_records("holdout", config.evaluate.holdout)
+    model = load()
+    members = min_k_scores(model, tokenizer, trained_records(records))
+    return {"min_k_auc": auc(members, min_k_scores(model, tokenizer, outside))}, []
+
+
+def _forget_alone(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    title: str,
+) -> Evaluation:
+    settings = config.evaluate.model_copy(update={"goals": ("forget",), "prefixed": False})
+    alone = config.model_copy(update={"evaluate": settings})
+    return evaluate(alone, model, tokenizer, records, mmlu=None, title=title)
 
 
 @torch.no_grad()
@@ -119,9 +219,19 @@ def quantize_(model: PreTrainedModel, bits: int) -> None:
             part.copy_((part / scale.clamp_min(1e-30)).round() * scale)
 
 
-def relearned_records(config: Config, records: Sequence[Record]) -> list[Record]:
-    """The first `relearn_rows` forget questions that were trained on, with their gold answers."""
-    return trained_records(records)[: config.evaluate.relearn_rows]
+def relearned_records(count: int, records: Sequence[Record]) -> list[Record]:
+    """The first so many forget questions that were trained on, with their gold answers.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    chosen = trained_records(records)
+    if len(chosen) < count:
+        raise InputError(
+            f"evaluate.relearn_rows asks for {count} forget rows, and {len(chosen)} are trained "
+            "on: ask for fewer."
+        )
+    return chosen[:count]
 
 
 def trained_records(records: Sequence[Record]) -> list[Record]:
@@ -130,8 +240,7 @@ def trained_records(records: Sequence[Record]) -> list[Record]:
     Raises:
         InputError: there is none.
     """
-    chosen = [r for r in records if r.split == "train" and r.goal == "forget" and r.form == "qa"]
-    chosen = [record for record in chosen if record.answer]
+    chosen = trained_forget(records)
     if not chosen:
         raise InputError(
             "No forget record of split `train` has a gold answer: unset evaluate.relearn_steps "

@@ -25,6 +25,7 @@ from unteach.engine.evaluate.choices import (
 from unteach.engine.evaluate.choices import read_mmlu as read_mmlu
 from unteach.engine.evaluate.generate import ASKED_AS, Answer, Ask, answer_all, answer_asks, asks_of
 from unteach.engine.evaluate.generate import attack_prefixes as attack_prefixes
+from unteach.engine.evaluate.generate import searched_prefixes as searched_prefixes
 from unteach.engine.evaluate.judge import Question, check_judge, judge_all
 from unteach.engine.evaluate.scores import (
     LEAK_RECALL,
@@ -96,7 +97,7 @@ def evaluate(
             model, tokenizer, mmlu or (), settings.batch_size, advance=advance, told=told
         )
     trained = trained_facts(records)
-    samples = [_answer_sample(*pair) for pair in zip(asks, answers, strict=True)]
+    samples = [answer_sample(*pair) for pair in zip(asks, answers, strict=True)]
     samples = judged(settings, samples)
     samples += [_choice_sample(*pair) for pair in zip(neighbors, choices, strict=True)]
     held_out = {record.id: is_held_out(record, trained) for record in tested}
@@ -201,15 +202,18 @@ def protocol_hash(
         tokenizer: its fingerprint.
         dtype: in which the models are evaluated.
     """
-    trained = trained_facts(records)
-    tested = sorted(tested_records(config.evaluate, records), key=lambda record: record.id)
-    named = [*config.evaluate.extra_records.values(), config.evaluate.holdout]
+    settings, trained = config.evaluate, trained_facts(records)
+    tested = sorted(tested_records(settings, records), key=lambda record: record.id)
+    named = [*settings.extra_records.values(), settings.holdout]
+    shown = settings.few_shot or settings.relearn_steps or settings.holdout
     content = {
         "version": SCORING_VERSION,
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": settings.model_dump(mode="json"),
         "records": [[r.model_dump(mode="json"), is_held_out(r, trained)] for r in tested],
         "prefixes": attack_prefixes(records),
+        "searched": searched_prefixes(settings, records),
         "mmlu": None if mmlu is None else [dict(row) for row in mmlu],
+        "forget": [r.model_dump(mode="json") for r in trained_forget(records)] if shown else None,
         "files": {path: _sha256(path) for path in named if path},
         "tokenizer": tokenizer,
         "dtype": dtype,
@@ -223,6 +227,12 @@ def _sha256(path: str) -> str:
         return sha256_of(Path(path))
     except OSError as error:
         raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
+
+
+def trained_forget(records: Iterable[Record]) -> list[Record]:
+    """Forget questions of the train split with a gold answer, in file order."""
+    asked = (r for r in records if r.split == "train" and r.goal == "forget" and r.form == "qa")
+    return [record for record in asked if record.answer]
 
 
 def tested_records(settings: EvaluateConfig, records: Iterable[Record]) -> list[Record]:
@@ -295,7 +305,8 @@ def _score(samples: Sequence[Sample]) -> Score:
     return mean([sample["score"] / 100 for sample in samples])
 
 
-def _answer_sample(ask: Ask, answer: Answer) -> Sample:
+def answer_sample(ask: Ask, answer: Answer) -> Sample:
+    """One open answer and its score; an attack has what its judges say instead."""
     record, golds = ask.record, _golds(ask.record)
     sample: Sample = {
         "suite": ask.suite,

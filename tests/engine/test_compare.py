@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 
-from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, read_trials, tuning_records
+from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, read_trials
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
-from unteach.engine.data.records import Record, read_records
+from unteach.engine.data.records import GOALS, Record, check_disjoint, read_records
 from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import NAMES, seed_interval
 from unteach.engine.evaluate.told import NOTHING, Told
+from unteach.engine.evaluate.tuning import Tuning, tuning_records
 from unteach.engine.teacher.intentions import intention_for, load_intentions, teacher_context
+from unteach.engine.train.target import target_streams
 from unteach.recipes.tiny import tiny
 
 
@@ -56,6 +58,7 @@ def test_every_row_is_in_the_tables(ranked: Path) -> None:
     assert all(f"| {NAMES[name]} |" in second for name in ("bitopk", "duet-loss", "bild-loss"))
     assert "| Base |" in first and "Overall ↑" in first
     ranking = json.loads((ranked / "compare" / "ranking.json").read_text(encoding="utf-8"))
+    assert ranking["tuning"] is None and "given, not chosen" in page
     assert [row["name"] for row in ranking["rows"]] == list(ROWS)
     for row in ranking["rows"]:
         (trial,) = row["trials"]
@@ -120,8 +123,47 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
     )
     (row,) = ranking["rows"]
     assert {float(lr): value for lr, value in row["tried"].items()} == tuned
+    asked = sum(r.split == "tune" for r in read_records(Path(tiny().data.path)))
+    assert ranking["tuning"] == {"split": "tune", "questions": asked}
+    page = (folder / "compare" / "ranking.md").read_text(encoding="utf-8")
+    assert f"chosen by Overall on {asked} questions of split `tune`;" in page
+    assert "## Robustness" not in page
     costs = [t.cost for t in trials if t.method == "sft" and t.cost is not None]
     assert len({cost.tokens for cost in costs}) >= 1 and all(c.peak_mib for c in costs)
+
+
+def test_stresses_are_measured_on_the_trained_weights_before_they_go(
+    ranked: Path, tmp_path: Path
+) -> None:
+    """Against `unteach run` of the same training, which keeps its weights."""
+    one, other = tmp_path / "compare", tmp_path / "run"
+    for folder in (one, other):
+        shutil.copytree(ranked, folder, ignore=shutil.ignore_patterns("compare"))
+    asked = ("evaluate.few_shot=2", "evaluate.quantized=[4]", "evaluate.relearn_steps=2")
+    settings = [part for s in (*asked, "evaluate.relearn_rows=[1,4]") for part in ("--set", s)]
+    options = ("--methods", "oracle,sft", "--rates", "1e-3", "--seeds", "2", "--steps", "2")
+    compare(one, *options, *settings)
+    rows = one / "compare" / "rows.jsonl"
+    before = rows.read_bytes()
+    assert "relearned" not in rows.read_text(encoding="utf-8"), "only where --stress is given"
+    compare(one, *options, *settings, "--stress")
+    assert rows.read_bytes().startswith(before)
+    added = read_trials(rows)[len(before.splitlines()) :]
+    assert [(t.method, t.seed) for t in added] == [("base", None), ("sft", 0)]
+    assert list((one / "compare").rglob("model.safetensors")) == []
+
+    again = command(other, *settings, "--set", "method.name=sft", "--set", "optim.steps=2")
+    again[again.index("compare")] = "run"
+    shutil.rmtree(other / "cache")
+    subprocess.run(again, capture_output=True, timeout=600, check=True)
+    summary = json.loads((other / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    assert [t.extra for t in added] == [summary["extra"]["base"], summary["extra"]["model"]]
+    page = (one / "compare" / "ranking.md").read_text(encoding="utf-8")
+    table = page.split("## Robustness")[1].split("##")[0]
+    assert "Forget, relearned on 4 rows ↓ (N 4)" in table and "| SFT |" in table
+    assert NAMES["oracle"] not in table
+    score = added[1].extra["relearned_4_forget"]
+    assert f" {score['value']:.1f} [{score['low']:.1f}–{score['high']:.1f}] " in table
 
 
 @pytest.mark.parametrize(
@@ -133,6 +175,8 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
         (("--rates", "0"), "above 0"),
         (("--set", 'data.mix={"forget": 1}'), "needs records of goal"),
         (("--set", "teacher.intentions=null", "--methods", "oracle"), "needs intentions"),
+        (("--stress",), "asks for, which is nothing"),
+        (("--stress", "--set", "evaluate.few_shot=9"), "asks for 9 examples"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_runs(
@@ -155,12 +199,34 @@ def test_rows_and_rates_are_chosen_by_name() -> None:
 
 def test_tuning_never_asks_a_test_question() -> None:
     records = read_records(Path(tiny().data.path))
-    tests = {r.id for r in records if r.split == "test"}
     chosen = tuning_records(records)
-    assert chosen and not tests & {r.id for r in chosen}
+    assert {r.id for r in chosen} == {r.id for r in records if r.split == "tune"}
+    assert {r.goal for r in chosen} == set(GOALS)
     assert {r.split for r in chosen} == {"test"}, "as the suites ask for it"
-    mine = Record(id="t", goal="forget", question="Q?", answer="A", split="tune")
-    assert [r.id for r in tuning_records([*records, mine])] == ["t"]
+    without = [r for r in records if r.split != "tune"]
+    trained = {r.id for r in records if r.split == "train"}
+    assert (instead := {r.id for r in tuning_records(without)}) and instead <= trained
+    same = next(r for r in records if r.split == "test").model_copy(
+        update={"id": "t", "split": "tune"}
+    )
+    with pytest.raises(InputError, match="asks the question of tune record 't'"):
+        check_disjoint([*records, same])
+
+
+def test_tune_questions_of_tiny_train_nothing() -> None:
+    config, tokenizer = tiny(), byte_tokenizer()
+    assert config.teacher.intentions is not None
+    intentions = load_intentions(Path(config.teacher.intentions))
+    records = read_records(Path(config.data.path))
+    without = [r for r in records if r.split != "tune"]
+    taught = [target_streams(config, tokenizer, some, intentions) for some in (records, without)]
+    assert len(without) < len(records) and taught[0] == taught[1]
+
+
+def test_the_page_says_what_chose_the_rates() -> None:
+    sentences = [Tuning(split, 8).sentence() for split in ("tune", "train")]  # type: ignore[arg-type]
+    assert "on 8 questions of split `tune`;" in sentences[0]
+    assert "on 8 questions of split `train`, because no record is of split `tune`" in sentences[1]
 
 
 def test_seed_interval_is_students() -> None:

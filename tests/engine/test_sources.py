@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -209,6 +212,86 @@ def test_the_hub_is_cached_or_streamed_at_one_commit(
     assert bool(list(tmp_path.glob("cache/**/*.arrow"))) is not streaming
     assert counts(found.records)["general/train"] + counts(found.records)["general/test"] == 9
     assert found.revision == "abc123"
+
+
+@dataclass
+class Hub:
+    """A stand-in for the hub: a data set at several commits, of which one is the newest."""
+
+    root: Path
+    newest: str = ""
+    read: list[str | None] = field(default_factory=list)
+    fails_at: int | None = None
+
+    def commit(self, sha: str, rows: int) -> None:
+        self.newest = sha
+        for table in ("forget_qa", "retain_qa"):
+            save(self.root / sha / f"knowmem_{table}.jsonl", qa(table, rows))
+        head = "".join(
+            f"  - split: {table}\n    path: knowmem_{table}.jsonl\n"
+            for table in ("forget_qa", "retain_qa")
+        )
+        text = f"---\nconfigs:\n- config_name: knowmem\n  data_files:\n{head}---\n"
+        (self.root / sha / "README.md").write_text(text)
+
+    def info(self, repo: str, *, revision: str | None, timeout: float) -> Any:
+        return SimpleNamespace(sha=self.newest if revision in (None, "main") else None)
+
+    def load(
+        self, name: str, config: str, *, split: str, revision: str | None, streaming: bool
+    ) -> Any:
+        self.read.append(revision)
+        if len(self.read) == self.fails_at:
+            raise KeyboardInterrupt
+        folder = self.root / (revision or self.newest)
+        return LOAD(str(folder), config, split=split, cache_dir=str(self.root / "cache"))
+
+
+LOAD = datasets.load_dataset
+FIRST, SECOND = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub(tmp_path / "hub")
+    monkeypatch.setattr(datasets, "load_dataset", found.load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", staticmethod(found.info))
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
+    found.commit(FIRST, 12)
+    return found
+
+
+@pytest.mark.parametrize("asked", [None, "main"])
+def test_a_rerun_reads_the_commit_of_the_first_preparation(
+    tmp_path: Path, hub: Hub, asked: str | None
+) -> None:
+    """Killed while it read, then made again from what is written down; the hub has moved on."""
+    settings, run = SourceSettings(source="muse-books", revision=asked), tmp_path / "run"
+    hub.fails_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, run)
+    hub.commit(SECOND, 20)
+    prepare(settings, run)
+    records = prepared(settings, run).read_bytes()
+    assert json.loads((run / "data/source.json").read_text())["revision"] == FIRST
+    (run / "data/source.json").unlink()
+    prepare(settings, run)
+    assert prepared(settings, run).read_bytes() == records
+    assert set(hub.read) == {FIRST}, "never the branch's name, never the newer commit"
+    (run / "data/source.json").unlink()
+    prepare(settings.model_copy(update={"revision": SECOND}), run)
+    assert hub.read[-1] == SECOND and prepared(settings, run).read_bytes() != records
+    prepare(SourceSettings(source="muse-books"), tmp_path / "other")
+    assert hub.read[-1] == SECOND, "another run reads the newest"
+
+
+def test_a_hub_that_names_no_commit_is_said(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)
+    prepare(SourceSettings(source="muse-books"), tmp_path / "run")
+    assert "does not say at which commit muse-bench/MUSE-Books is" in capsys.readouterr().out
+    assert not (tmp_path / "run/data/revision.json").exists()
 
 
 def test_a_copy_of_the_hubs_own_folders_loads(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from unteach.engine.config import Config
 from unteach.engine.data.prompt_files import SHIPPED, load_prompts
 from unteach.engine.data.records import check_disjoint, counts, read_records
 from unteach.engine.data.rejects import Rejects
+from unteach.engine.data.replies import Pairs, parse_reply
 from unteach.engine.data.settings import StandardizeConfig
 from unteach.engine.data.standardize import Standardizer
 from unteach.engine.data.standardize_stage import _write, standardize
@@ -387,6 +388,16 @@ def test_prompts_are_files_that_a_user_may_change(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no step's prompt"):
         load_prompts(str(own))
     assert {path.stem for path in SHIPPED.glob("*.txt")} == set(load_prompts(None).texts)
+
+
+def test_plain_prompts_ask_for_the_lines_that_are_read() -> None:
+    for step, more in (("forget_qa", {"topic": "Oslo"}), ("general_qa", {})):
+        chat = load_prompts("plain").chat(step, count=3, passage="Bergen lies west.", **more)
+        shown = chat[1][1].split("\n\n")[1].partition("\n")[2]
+        value, _ = parse_reply(shown, Pairs)
+        assert len(value.pairs) == 3 and chat[1][1].endswith("Text: Bergen lies west.")
+        assert "JSON" not in chat[0][1] + chat[1][1]
+    assert load_prompts("plain").texts["neighbors"] == load_prompts(None).texts["neighbors"]
 
 
 @pytest.mark.parametrize(

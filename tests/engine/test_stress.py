@@ -13,6 +13,7 @@ from unteach.engine.config import Config, override
 from unteach.engine.data.records import Record, read_records, write_records
 from unteach.engine.data.tokens import response_tokens, student_context
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.headings import heading_of, is_stress, place_of
 from unteach.engine.evaluate.stress import (
     auc,
     check_stresses,
@@ -81,11 +82,9 @@ def test_a_tied_head_is_not_rounded(tmp_path: Path) -> None:
 
 
 def test_relearning_makes_the_gold_answers_likelier(start: str) -> None:
-    config = override(
-        tiny(), ["evaluate.relearn_steps=5", "evaluate.relearn_rows=2", "evaluate.relearn_lr=3e-3"]
-    )
+    config = override(tiny(), ["evaluate.relearn_steps=5", "evaluate.relearn_lr=3e-3"])
     model, tokenizer = fresh(start), load_tokenizer(start, config.model)
-    chosen = relearned_records(config, records())
+    chosen = relearned_records(2, records())
     assert [r.id for r in chosen] == ["forget-owl", "forget-house"]
     before = [sum(gold_logps(model, start, record)) for record in chosen]
     relearn_(config, model, tokenizer, chosen)
@@ -122,7 +121,7 @@ def test_only_what_is_asked_for_stands_beside_the_scores(
     load = partial(fresh, start)
     plain = evaluate(tiny(), load(), tokenizer, records(), mmlu=None)
     assert stressed(tiny(), load, tokenizer, records(), plain).extra == plain.extra
-    assert capsys.readouterr().out.count("evaluate.") == 4, "what is left out is said"
+    assert capsys.readouterr().out.count("(evaluate.") == 6, "what is left out is said"
     path = tmp_path / "other.jsonl"
     config = override(
         tiny(),
@@ -131,13 +130,23 @@ def test_only_what_is_asked_for_stands_beside_the_scores(
             f"evaluate.holdout={path}",
             "evaluate.quantized=[8, 4]",
             "evaluate.relearn_steps=1",
+            "evaluate.relearn_rows=[4, 1]",
+            "evaluate.few_shot=2",
+            f"evaluate.searched_prefixes={tmp_path / 'found.txt'}",
         ],
     )
+    (tmp_path / "found.txt").write_text("So it is\n")
     assert not_measured(config) == []
     found = stressed(config, load, tokenizer, records(), plain)
     new = found.extra.keys() - plain.extra.keys()
     rounded = {f"int{b}_{n}" for b in (8, 4) for n in ("forget", "general", "neighbor", "attack")}
-    assert new == rounded | {"relearned_forget", "forget_file_paraphrased", "min_k_auc"}
+    relearned = {f"relearned_{k}_forget{part}" for k in (4, 1) for part in ("", "_held_out")}
+    others = {"few_shot_forget", "searched_attack", "forget_file_paraphrased", "min_k_auc"}
+    assert new == rounded | relearned | others
+    assert all(is_stress(name) and heading_of(name)[0] != name for name in new)
+    assert not any(is_stress(name) for name in plain.extra)
+    order = sorted(new, key=place_of)
+    assert order.index("relearned_1_forget_held_out") < order.index("relearned_4_forget")
     assert [s["id"] for s in found.samples if s["suite"] == "forget_file_paraphrased"] == [
         "pa",
         "pb",
@@ -160,6 +169,47 @@ def test_a_file_that_cannot_be_scored_is_refused_first(tmp_path: Path) -> None:
     write_records(path, [Record(id="g", goal="general", question="Q?", answer="A")])
     with pytest.raises(InputError, match="'g' is no forget question"):
         check_stresses(config, records())
-    relearn = override(tiny(), ["evaluate.relearn_steps=1"])
+    relearn = override(tiny(), ["evaluate.relearn_steps=1", "evaluate.relearn_rows=[1, 5]"])
+    with pytest.raises(InputError, match="asks for 5 forget rows, and 4 are trained on"):
+        check_stresses(relearn, records())
     with pytest.raises(InputError, match="gold answer"):
         check_stresses(relearn, [r for r in records() if r.goal != "forget"])
+
+
+def test_a_model_that_relearns_on_fifty_rows_only_is_caught(start: str) -> None:
+    """Rows 21 to 50 teach what the test asks; five and twenty rows teach something else."""
+    rows = [
+        question(f"Say no {i}.", "no", fact=f"no {i}")
+        if i < 20
+        else question(f"Which owl has number {i}?", "owl", fact=f"owl {i}")
+        for i in range(50)
+    ]
+    asked = [question(f"Owl number {i}, which?", "owl", "test", f"owl {i}") for i in (30, 71, 72)]
+    settings = ["relearn_steps=30", "relearn_rows=[5, 20, 50]", "relearn_lr=3e-3"]
+    config = override(
+        tiny(), [f"evaluate.{s}" for s in (*settings, 'goals=["forget"]', "max_new_tokens=4")]
+    )
+    tokenizer = load_tokenizer(start, config.model)
+    everything = [*rows, *asked]
+    check_stresses(config, everything)
+    plain = evaluate(config, fresh(start), tokenizer, everything, mmlu=None)
+    found = stressed(config, partial(fresh, start), tokenizer, everything, plain)
+    values = {k: found.extra[f"relearned_{k}_forget"] for k in (5, 20, 50)}
+    assert [values[k].value for k in (5, 20, 50)] == [0.0, 0.0, 100.0]
+    unseen = {k: found.extra[f"relearned_{k}_forget_held_out"].n for k in (5, 20, 50)}
+    assert unseen == {5: 3, 20: 3, 50: 2}, "the fact of row 30 is seen by fifty rows alone"
+    assert [s["id"] for s in found.samples if s["suite"] == "relearned_50_forget"] == [
+        r.id for r in sorted(asked, key=lambda r: r.id)
+    ]
+
+
+def question(text: str, answer: str, split: str = "train", fact: str | None = None) -> Record:
+    meta = {} if fact is None else {"fact": fact}
+    return Record(
+        id=text,
+        goal="forget",
+        question=text,
+        answer=answer,
+        split=split,  # type: ignore[arg-type]
+        meta=meta,
+    )

@@ -204,6 +204,36 @@ def test_what_is_no_reply_is_refused(text: str) -> None:
         parse_reply(text, Pairs)
 
 
+PLAIN = "Q: Who flies?\nA: An owl\n\nQ:  What is tall? \nA: A  tower"
+
+
+@pytest.mark.parametrize("cut", ["", "\nQ: And who", "\nQ:"])
+def test_small_models_may_reply_in_lines(cut: str) -> None:
+    value, cleaned = parse_reply(PLAIN + cut, Pairs)
+    found = [(pair.question, pair.answer) for pair in value.pairs]
+    assert found == [("Who flies?", "An owl"), ("What is tall?", "A tower")] and not cleaned
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Here you are:\n{PLAIN}",
+        f"{PLAIN}\nI hope this helps.\nBye",
+        PLAIN.replace("A: An owl", "A:"),
+        PLAIN.replace("Q: Who", "Who"),
+        "Q: Who?\nQ: What?\nA: An owl\nA: A tower",
+        "A: An owl",
+        "Q: Who?",
+        f"Q: Who?\nA: {'x' * 2001}",
+    ],
+)
+def test_lines_of_another_shape_are_none(text: str) -> None:
+    with pytest.raises(ReplyError):
+        parse_reply(text, Pairs)
+    with pytest.raises(ReplyError):
+        parse_reply(PLAIN, Choices)
+
+
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=200) | st.binary(max_size=80).map(lambda b: b.decode("latin-1")))
 def test_any_text_is_a_shape_or_a_reply_error(text: str) -> None:
