@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, read_trials
+from unteach.engine.compare import ROWS, chosen_rates, chosen_rows
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.records import GOALS, Record, check_disjoint, read_records
 from unteach.engine.data.tokens import context_tokens
@@ -25,6 +25,7 @@ from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.evaluate.tuning import Tuning, tuning_records
 from unteach.engine.teacher.intentions import intention_for, load_intentions, teacher_context
 from unteach.engine.train.target import target_streams
+from unteach.engine.trials import read_trials
 from unteach.recipes.tiny import tiny
 
 
