@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, read_trials, tuning_records
+from unteach.engine.compare import ROWS, chosen_rates, chosen_rows
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.records import Record, read_records
 from unteach.engine.data.tokens import context_tokens
@@ -23,6 +23,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import NAMES, seed_interval
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.teacher.intentions import intention_for, load_intentions, teacher_context
+from unteach.engine.trials import read_trials, tuning_records
 from unteach.recipes.tiny import tiny
 
 
