@@ -258,6 +258,10 @@ def test_tables_say_means_intervals_and_differences(tmp_path: Path) -> None:
     study_page = write_study(tmp_path, [swept]).read_text(encoding="utf-8")
     assert "| [gate](gate.md) | 2 | 8 | +75.0 | 8 | +75.0 | — |" in study_page, "kept"
     assert "| [k](k.md) | 2 | 8 | +75.0 | 2 | +85.0 | +10.0 [" in study_page
+    confirmed = replace(swept, base=replace(base, split="test"))
+    write_factor(tmp_path, confirmed)
+    assert write_study(tmp_path, [confirmed]).name == "study-test.md"
+    assert (tmp_path / "k-test.md").is_file(), "beside what was tuned"
     elsewhere = replace(own, trials=other.trials)
     page_then = write_study(tmp_path, [Swept("beta", base, (elsewhere,))]).read_text("utf-8")
     assert "gate" not in page_then, "around another default"
