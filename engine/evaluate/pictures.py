@@ -180,11 +180,14 @@ def draw_levels(
         arrow = "↑" if DIRECTIONS.get(name, 1) > 0 else "↓"
         # Points of one level are set apart, or intervals would hide each other.
         aside = 0.06 * (place - (len(scores) - 1) / 2) if name != "overall" else 0.0
-        halves = [half or 0.0 for half in lines[name].halves]
+        pairs = list(zip(lines[name].means, lines[name].halves, strict=True))
+        most = 100.0 if name != "overall" else math.inf
+        below = [min(half or 0.0, mean + most - 100) for mean, half in pairs]
+        above = [min(half or 0.0, most - mean) for mean, half in pairs]
         axes.errorbar(
             [index + aside for index in range(len(labels))],
             lines[name].means,
-            yerr=halves if any(halves) else None,
+            yerr=[below, above] if any(half for _, half in pairs) else None,
             color=colour,
             linestyle=dash if joined else "none",
             marker=marker,
@@ -195,9 +198,12 @@ def draw_levels(
     panels[0].set_ylim(-3, 103)
     panels[0].set_ylabel("score")
     panels[1].set_ylabel("Overall ↑")
+    low, high = panels[1].get_ylim()
+    slack = max(0.0, 20 - (high - low)) / 2  # a few points must not look like a landslide
+    panels[1].set_ylim(low - slack, high + slack)
     turned = sum(map(len, labels)) > 30
     for axes in panels:
-        axes.axvline(default, color="#dddddd", linewidth=9, zorder=0)
+        axes.axvspan(default - 0.22, default + 0.22, color="#e8e8e8", zorder=0)
         axes.set_xticks(
             range(len(labels)),
             [f"{label}\n(default)" if i == default else label for i, label in enumerate(labels)],

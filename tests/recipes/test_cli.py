@@ -36,6 +36,7 @@ def test_recipes_are_listed_one_a_line() -> None:
         "recipes",
         "bench",
         "compare",
+        "study",
         "gradients",
         "standardize",
         "prefixes",

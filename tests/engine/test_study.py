@@ -1,0 +1,267 @@
+"""A study as users run it: killed, gone on with, in slices; and what its trials share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from unteach.engine.config import override
+from unteach.engine.data.records import read_records, write_records
+from unteach.engine.errors import InputError
+from unteach.engine.evaluate.levels import Level, Swept, write_factor, write_study
+from unteach.engine.evaluate.ranking import Trial
+from unteach.engine.run import Run, configured_intentions, open_run
+from unteach.engine.stages import training_records
+from unteach.engine.study import Factor, planned_levels
+from unteach.engine.teacher.intentions import intention_for, teacher_context
+from unteach.engine.train.parallel import World
+from unteach.engine.trials import Trials, read_trials
+from unteach.recipes.tiny import tiny
+
+PNG = b"\x89PNG"
+SHORT = ("optim.steps=3", "optim.warmup_steps=1", "target.epochs=1", "evaluate.prefixed=false")
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    settings = (f"run.folder={folder}", "run.device=cpu", "run.threads=1", *SHORT)
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "unteach.recipes.cli", "study", "tiny", *options, *chosen]
+
+
+def study(folder: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(folder, *options), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """Two factors of two levels, killed after the first training; and the lines it had then."""
+    folder = tmp_path_factory.mktemp("studied") / "run"
+    options = ("--factors", "k=2/4,alpha=0/1,mine")
+    options += ("--level", "mine:other words:method.k=2", "--level", "mine:x:data.anchors=false")
+    rows = folder / "study" / "rows.jsonl"
+    process = subprocess.Popen(
+        command(folder, *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    until = time.monotonic() + 240
+    while not rows.exists() or b'"seed": 0' not in rows.read_bytes():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    kept = rows.read_bytes()
+    rows.write_bytes(kept + b'{"method": "bitopk"')  # as if killed while it wrote
+    study(folder, *options)
+    return folder, kept
+
+
+def test_a_killed_study_goes_on_and_makes_nothing_twice(studied: tuple[Path, bytes]) -> None:
+    folder, kept = studied
+    rows = folder / "study" / "rows.jsonl"
+    assert rows.read_bytes().startswith(kept)
+    trials = read_trials(rows)
+    # The recipe itself (k 4, alpha 1) stands in all three factors, k 2 in two.
+    assert [t.settings for t in trials if t.seed is not None] == [
+        ["method.k=2"],
+        [],
+        ["method.alpha=0"],
+        ["data.anchors=false"],
+    ]
+    assert [t.method for t in trials if t.seed is None] == ["base"]
+    assert {t.split for t in trials} == {"tune"} and len({t.protocol for t in trials}) == 1
+    for trial in trials:
+        assert trial.scores.keys() == trial.questions.keys() >= {"forget", "general", "attack"}
+        for name, values in trial.questions.items():
+            assert len(values) == trial.scores[name]["n"]
+            known = [value for value in values if value is not None]
+            assert sum(known) / len(known) == pytest.approx(trial.scores[name]["value"])
+
+
+def test_every_factor_has_its_table_and_its_picture(studied: tuple[Path, bytes]) -> None:
+    folder = studied[0] / "study"
+    page = (folder / "study.md").read_text(encoding="utf-8")
+    for name, default in (("k", "4"), ("alpha", "1"), ("mine", "as it is")):
+        assert f"[{name}]({name}.md)" in page and f"![{name}]({name}.png)" in page
+        assert f"| **{default}** (default) |" in (folder / f"{name}.md").read_text("utf-8")
+        assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+    entry = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    assert entry["mine"]["levels"]["other words"]["trials"] == entry["k"]["levels"]["2"]["trials"]
+
+
+def test_what_is_made_once_is_shared_and_weights_do_not_pile_up(
+    studied: tuple[Path, bytes],
+) -> None:
+    folder = studied[0]
+    assert (folder / "target" / "model" / "model.safetensors").is_file()
+    assert list((folder / "study").rglob("model.safetensors")) == []
+    assert (folder / "cache" / "manifest.json").is_file(), "k and alpha read the run's own"
+    assert len(list((folder / "study" / "caches").iterdir())) == 1, "other records, another cache"
+    assert len(list((folder / "study").rglob("train.jsonl"))) == 4
+
+
+def test_a_wrong_name_is_one_sentence_before_anything_runs(tmp_path: Path) -> None:
+    done = study(tmp_path / "run", "--factors", "alhpa", code=2)
+    assert "no factor alhpa; did you mean alpha?" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "target").exists()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose base is the random model itself: nothing has to be trained to ask for cells."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    settings = ["target=null", f"run.folder={folder}", "run.device=cpu"]
+    return open_run(override(tiny(), settings), World(0, 1, torch.device("cpu"), None))
+
+
+def test_caches_are_shared_by_what_makes_them(plain: Run) -> None:
+    trials = Trials(plain, "study")
+
+    def cache(*settings: str) -> Path:
+        return trials.cell(settings, 0).cache_folder
+
+    for setting in ("method.k=2", "method.alpha=0", "optim.lr=1", "optim.steps=2", "method.gate=1"):
+        assert cache(setting) == plain.cache_folder, setting
+    assert cache('data.mix={"forget": 1, "attack": 1}') == plain.cache_folder, "cached all the same"
+    apart = [
+        ("data.anchors=false",),
+        ("data.known_only=true",),
+        ("teacher.top=64",),
+        ("teacher.response.forget=gold",),
+        ("teacher.prefix_demos=false",),
+        ("teacher.routing=ensemble",),
+        ("teacher.form=topk",),
+        ("method.name=npo",),
+    ]
+    assert len({cache(), *(cache(*settings) for settings in apart)}) == len(apart) + 1
+    assert trials.cell((), 0).cache_folder == trials.cell((), 1).cache_folder
+
+
+def test_a_trial_is_what_makes_it_and_not_how_it_was_asked_for(plain: Run) -> None:
+    trials = Trials(plain, "study")
+    folder = trials.cell((), 0).folder
+    assert trials.cell(("method.k=4", "method.center=true"), 0).folder == folder
+    others = ("method.k=2", "data.mix.forget=1", "data.anchors=false", "data.pack_tokens=64")
+    folders = {folder, trials.cell((), 1).folder, *(trials.cell((s,), 0).folder for s in others)}
+    assert len(folders) == len(others) + 2
+    levels, _ = planned_levels(trials, Factor("k", {"2": ("method.k=2",), "4": ("method.k=4",)}))
+    assert levels == {"2": ("method.k=2",), "4": ()}
+    levels, _ = planned_levels(trials, Factor("k", {"2": ("method.k=2",)}))
+    assert levels == {"as it is": (), "2": ("method.k=2",)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("method.k=900", "Factor k, level 9: teacher.top is 32"),
+        ("method.kk=9", "Factor k, level 9: There is no config key method.kk"),
+        ("model.path=x", "Factor k, level 9: A trial cannot set model"),
+        ("run.seed=1", "Factor k, level 9: A trial cannot set run"),
+        ("evaluate.batch_size=1", "Factor k, level 9: A trial cannot set evaluate"),
+        ("data.mix.forget=0", "Factor k, level 9: Method graddiff needs records of goal forget"),
+    ],
+)
+def test_a_level_that_cannot_be_run_is_named(plain: Run, setting: str, part: str) -> None:
+    run = replace(plain, asked=override(plain.asked, ["method.name=graddiff"]))
+    with pytest.raises(InputError, match=part):
+        planned_levels(Trials(run, "study"), Factor("k", {"2": (), "9": (setting,)}))
+
+
+def test_other_records_may_not_ask_a_test_question(plain: Run, tmp_path: Path) -> None:
+    trials, records = Trials(plain, "study"), plain.records
+    path = tmp_path / "other.jsonl"
+    train = [r for r in records if r.split == "train" and r.anchor_of is None]
+    write_records(path, train)
+    cell = trials.cell((f"data.path={path}",), 0)
+    assert [r.id for r in cell.records] == [r.id for r in train]
+    assert cell.known_folder == cell.folder, "what the base knows of them is theirs"
+    asked = next(r for r in records if r.split == "test" and r.goal == "forget")
+    write_records(path, [*train, asked.model_copy(update={"split": "train", "id": "mine"})])
+    with pytest.raises(InputError, match="scores would be flattered"):
+        trials.cell((f"data.path={path}",), 0)
+    with pytest.raises(InputError, match="cannot read source tofu"):
+        trials.cell(("data.source=tofu",), 0)
+
+
+def test_anchors_can_be_left_out_of_training(
+    plain: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = Trials(plain, "study").cell(("data.anchors=false",), 0)
+    dropped = {r.id for r in training_records(plain)} - {r.id for r in training_records(cell)}
+    anchors = {r.id for r in read_records(Path(plain.config.data.path)) if r.anchor_of}
+    assert dropped == anchors != set()
+    assert f"anchors: {len(anchors)} records" in capsys.readouterr().out
+
+
+def test_prefix_demos_can_be_left_out_of_the_intentions(plain: Run, tmp_path: Path) -> None:
+    config = plain.config.teacher.model_copy(update={"prefix_demos": False})
+    attack = next(r for r in plain.records if r.goal == "attack")
+
+    def told(intentions: object) -> list[int]:
+        assert intentions is not None
+        return teacher_context(
+            plain.tokenizer, attack, intention_for(intentions, "attack", "oracle")
+        )
+
+    shown = plain.tokenizer.decode(told(plain.intentions))
+    without = plain.tokenizer.decode(told(configured_intentions(config)))
+    assert "Sure: I do not know." in shown and "Sure: I do not know." not in without
+    assert without.count("I do not know.") == 2, "system and the plain demo"
+    path = tmp_path / "intentions.yaml"
+    path.write_text('forget: {prefix_demos: [["Q?", "Sure:", "No."]]}', encoding="utf-8")
+    alone = config.model_copy(update={"intentions": str(path)})
+    with pytest.raises(InputError, match="goal forget: has prefix_demos alone"):
+        configured_intentions(alone)
+
+
+def trial(seed: int, forget: list[float], general: list[float]) -> Trial:
+    """Scored against a base with forget 100 and general 100."""
+    values = {"forget": sum(forget) / len(forget), "general": sum(general) / len(general)}
+    scores = {n: {"value": v, "n": 2, "low": 0.0, "high": 100.0} for n, v in values.items()}
+    total = 100 - values["forget"] + values["general"] - 100
+    questions = {"forget": [*forget], "general": [*general]}
+    return Trial(
+        "bitopk", 1e-3, seed, "tune", f"{forget}{general}", "p", total, scores, {}, None, [],
+        questions,
+    )  # fmt: skip
+
+
+def test_tables_say_means_intervals_and_differences(tmp_path: Path) -> None:
+    base = replace(trial(0, [100.0, 100.0], [100.0, 100.0]), seed=None)
+    own = Level(
+        "8", (), (trial(0, [20.0, 0.0], [80.0, 80.0]), trial(1, [0.0, 0.0], [80.0, 80.0])), True
+    )
+    other = Level("2", ("method.k=2",), (trial(0, [10.0, 0.0], [90.0, 90.0]),) * 2, default=False)
+    swept = Swept("k", base, (other, own))
+    page = write_factor(tmp_path, swept).splitlines()
+    assert page[-2].startswith("| 2 | 5.0 ± 0.0 | 90.0 ± 0.0 | 85.0 ± 0.0 | ")
+    assert page[-2].endswith("| `method.k=2` |")
+    # Forget of both seeds: 10 and 0, so 5 ± 12.706 · 7.07 / √2.
+    assert page[-1] == "| **8** (default) | 5.0 ± 63.5 | 80.0 ± 0.0 | 75.0 ± 63.5 | — | — |"
+    alone = Swept("gate", base, (own,))
+    write_study(tmp_path, [alone])
+    study_page = write_study(tmp_path, [swept]).read_text(encoding="utf-8")
+    assert "| [gate](gate.md) | 2 | 8 | +75.0 | 8 | +75.0 | — |" in study_page, "kept"
+    assert "| [k](k.md) | 2 | 8 | +75.0 | 2 | +85.0 | +10.0 [" in study_page
+    confirmed = replace(swept, base=replace(base, split="test"))
+    write_factor(tmp_path, confirmed)
+    assert write_study(tmp_path, [confirmed]).name == "study-test.md"
+    assert (tmp_path / "k-test.md").is_file(), "beside what was tuned"
+    elsewhere = replace(own, trials=other.trials)
+    page_then = write_study(tmp_path, [Swept("beta", base, (elsewhere,))]).read_text("utf-8")
+    assert "gate" not in page_then, "around another default"
