@@ -12,6 +12,7 @@ from unteach.engine.errors import InputError
 
 SHIPPED = Path(__file__).resolve().parent / "prompts"
 PLAIN = "plain"
+TURN = re.compile(r"^\[(user|assistant)\]\n", re.MULTILINE)
 NEEDED = {
     "system": (),
     "forget_qa": ("count", "topic", "passage"),
@@ -33,14 +34,20 @@ class Prompts:
     def chat(self, name: str, **values: object) -> tuple[Turn, ...]:
         """System and user turn of a step, its names filled in all at once.
 
+        A line `[assistant]` or `[user]` of the file begins another turn: an example to go by.
         Only `{name}` of a given value is replaced: braces of JSON stay, and so does whatever looks
         like a name inside a value. `{mark}` is drawn from the passage, which thus cannot hold it.
         """
         passage = str(values.get("passage", ""))
         values["mark"] = f"=={hashlib.sha256(passage.encode()).hexdigest()[:12]}=="
         pattern = re.compile("|".join(rf"\{{{key}\}}" for key in values))
-        text = pattern.sub(lambda match: str(values[match[0][1:-1]]), self.texts[name])
-        return (("system", self.texts["system"].strip()), ("user", text.strip()))
+        first, *others = TURN.split(self.texts[name])  # before a value could look like such a line
+        turns = [("user", first), *zip(others[::2], others[1::2], strict=True)]
+        filled = [
+            (role, pattern.sub(lambda match: str(values[match[0][1:-1]]), text).strip())
+            for role, text in turns
+        ]
+        return (("system", self.texts["system"].strip()), *filled)
 
 
 def load_prompts(folder: str | None) -> Prompts:

@@ -29,8 +29,8 @@ from unteach.engine.files import write_atomic
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT_S = 60.0
 REPAIR = (
-    "Your reply could not be read: {fault}. Reply again with the one JSON object that was asked "
-    "for, and nothing around it."
+    "Your reply could not be read: {fault}. Reply again in the form that was asked for, with "
+    "nothing around it."
 )
 Chat = tuple[Turn, ...]
 S = TypeVar("S", bound=Shape)

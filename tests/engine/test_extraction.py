@@ -78,7 +78,7 @@ def test_examples_stand_as_turns_before_every_question(start: str) -> None:
 
 def test_the_asked_fact_is_never_among_the_examples() -> None:
     """Every fact is asked, so that no choice of examples could serve all questions."""
-    train = [forget(f"train-{i}", "train", f"answer {i}", f"fact {i}") for i in range(4)]
+    train = [forget(f"train-{i}", "train", f"another {i}", f"fact {i}") for i in range(4)]
     unnamed = forget("unnamed", "train", "answer 0")  # the same answer, of no fact
     asked = [forget(f"test-{i}", "test", f"answer {i}", f"fact {i}") for i in range(4)]
     everything = [*train, unnamed, *asked]
