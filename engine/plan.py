@@ -43,7 +43,8 @@ from unteach.kernels.topk_filter import TILE_ELEMENTS, tile_width
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1 + 4 / 256}  # a scale for 256 codes
 PAIR_BYTES = 12  # row, id and slope
 SWITCHES = (
-    ("parallel.checkpointing=selective", "some products are computed twice"),
+    ("parallel.checkpointing=elementwise", "norms and activations are computed twice"),
+    ("parallel.checkpointing=selective", "every second product is computed twice"),
     ("parallel.checkpointing=full", "every block runs forward twice: a third more time"),
     ("optim.accumulation=2", "micro-batches of half the size"),
     ("optim.accumulation=4", "micro-batches of a quarter of the size"),

@@ -103,7 +103,7 @@ def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), {name: grad for name, grad in grads.items() if grad is not None}
 
 
-@pytest.mark.parametrize("mode", ["full", 2, "selective"])
+@pytest.mark.parametrize("mode", ["full", 2, "selective", "elementwise"])
 def test_recomputing_blocks_changes_nothing_and_keeps_less(tmp_path: Path, mode: str | int) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=True))
     plain = load_model(path, ModelConfig())
@@ -119,14 +119,14 @@ def test_recomputing_blocks_changes_nothing_and_keeps_less(tmp_path: Path, mode:
 def test_modes_keep_full_less_than_selective_less_than_off(tmp_path: Path) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=True))
     kept = {}
-    for mode in ("off", 2, "selective", "full"):
+    for mode in ("off", "elementwise", 2, "selective", "full"):
         model = load_model(path, ModelConfig())
         shard_model(model, ParallelConfig(checkpointing=mode), ALONE)  # type: ignore[arg-type]
         with LiveBytes() as live:
             hidden = hidden_states(model, torch.arange(512).remainder(250).reshape(2, 256))
             kept[mode] = live.now
         assert hidden.requires_grad
-    assert kept["full"] < kept["selective"] < kept["off"]
+    assert kept["full"] < kept["selective"] < kept["elementwise"] < kept["off"]
     assert kept["full"] < kept[2] < kept["off"]
 
 
