@@ -222,6 +222,7 @@ def main() -> None:
     """Measure every provider, one process each, and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--provider", choices=PROVIDERS, help="measure this one here, print JSON")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -235,15 +236,15 @@ def main() -> None:
     if options.provider:
         print(json.dumps(measure(options)))
         return
-    given = {name: value for name, value in vars(options).items() if name != "provider"}
+    own = ("provider", "providers")
+    given = {name: value for name, value in vars(options).items() if name not in own}
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    rows = [
-        in_process(__spec__.name, [*arguments, "--provider", provider]) for provider in PROVIDERS
-    ]
-    for provider, row in zip(PROVIDERS, rows, strict=True):
-        print(json.dumps({"provider": provider, **row}))
-    done = [row for row in rows if "skipped" not in row]
-    print(f"rows appended to {append_rows('bench_step', done, torch.device(options.device))}")
+    torch.set_num_threads(options.threads)  # what the rows say
+    for provider in options.providers:
+        row = in_process(__spec__.name, [*arguments, "--provider", provider])
+        print(json.dumps({"provider": provider, **row}), flush=True)
+        if "skipped" not in row:
+            append_rows("bench_step", [row], torch.device(options.device))
 
 
 if __name__ == "__main__":
