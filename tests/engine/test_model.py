@@ -15,6 +15,7 @@ from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.tokens import context_tokens, end_token
 from unteach.engine.errors import InputError
+from unteach.engine.files import model_fingerprint
 from unteach.engine.inference import batch_hidden, greedy, share_prefix
 from unteach.engine.model import (
     embedded_model,
@@ -24,7 +25,6 @@ from unteach.engine.model import (
     hidden_states,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     resolve_model,
     tiny_model,
     tokenizer_fingerprint,
