@@ -297,7 +297,7 @@ def memory_block(rows: Sequence[Row]) -> str:
     last = {row["provider"]: row for row in rows}
     row = next(iter(last.values()))
     lines = [
-        "| | peak, MiB | above weights, gradients and AdamW state, MiB | less than `eager` "
+        "| | peak, MiB | above weights, gradients and AdamW state, MiB | less than eager "
         "| seconds a step (least to most) |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
