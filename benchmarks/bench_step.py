@@ -1,8 +1,9 @@
 """A whole training step: time, tokens a second and peak memory, ours against the usual way.
 
 `unteach` reads the teacher from cached rows and runs the head on supervised positions only;
-`unteach-checkpointing` recomputes every block in the backward pass as well.
 `eager` keeps the teacher in memory, makes [B, T, V] logits of both, and lets autograd do the rest.
+`-elementwise` recomputes all but attention and matrix products in the backward pass, `-selective`
+every second product too, `-checkpointing` whole blocks, by the same wrapper on both sides.
 `open-unlearning` is the loop of that project's trainer: a reference model in memory, full logits of
 both cast to float32, and cross-entropy with a KL term over all of them.
 Each runs in a process of its own, because a process's peak memory never comes down.
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from unteach.benchmarks.harness import append_rows, in_process, peak_mib
-from unteach.engine.config import OptimConfig, ParallelConfig
+from unteach.engine.config import Checkpointing, OptimConfig, ParallelConfig
 from unteach.engine.model import PreTrainedModel, head_weight, hidden_states
 from unteach.engine.train.optim import adamw
 from unteach.engine.train.parallel import World, shard_model
@@ -38,7 +39,7 @@ PRESETS = {
     "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, True),
     "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8, False),
 }
-PROVIDERS = ("unteach", "unteach-checkpointing", "eager", "open-unlearning")
+MakeLoss = Callable[[PreTrainedModel, Tensor, int], Callable[[], Tensor]]
 # Dense bf16 FLOP/s without sparsity, as the makers state them.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -148,11 +149,16 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
 
 
-LOSSES = {
-    "unteach": unteach_loss,
-    "unteach-checkpointing": unteach_loss,
-    "eager": eager_loss,
-    "open-unlearning": open_unlearning_loss,
+# name → loss, and what is recomputed
+PROVIDERS: dict[str, tuple[MakeLoss, Checkpointing]] = {
+    "unteach": (unteach_loss, "off"),
+    "unteach-elementwise": (unteach_loss, "elementwise"),
+    "unteach-selective": (unteach_loss, "selective"),
+    "unteach-checkpointing": (unteach_loss, "full"),
+    "eager": (eager_loss, "off"),
+    "eager-elementwise": (eager_loss, "elementwise"),
+    "eager-checkpointing": (eager_loss, "full"),
+    "open-unlearning": (open_unlearning_loss, "off"),
 }
 
 
@@ -162,13 +168,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     before = peak_mib(device)
     model = build(options.preset, device, dtype)
-    if options.provider == "unteach-checkpointing":
-        shard_model(model, ParallelConfig(checkpointing="full"), World(0, 1, device, None))
+    make_loss, mode = PROVIDERS[options.provider]
+    shard_model(model, ParallelConfig(checkpointing=mode), World(0, 1, device, None))
     model.train()
     optimizer = adamw(model, OptimConfig(lr=1e-6, state=options.state))
     shape = (options.sequences, options.tokens)
     tokens_BT = torch.randint(0, PRESETS[options.preset][0], shape, device=device)
-    loss = LOSSES[options.provider](model, tokens_BT, options.k)
+    loss = make_loss(model, tokens_BT, options.k)
     times = []
     for _ in range(options.steps + 1):
         start = time.perf_counter()
@@ -216,6 +222,7 @@ def main() -> None:
     """Measure every provider, one process each, and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--provider", choices=PROVIDERS, help="measure this one here, print JSON")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -229,15 +236,15 @@ def main() -> None:
     if options.provider:
         print(json.dumps(measure(options)))
         return
-    given = {name: value for name, value in vars(options).items() if name != "provider"}
+    own = ("provider", "providers")
+    given = {name: value for name, value in vars(options).items() if name not in own}
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    rows = [
-        in_process(__spec__.name, [*arguments, "--provider", provider]) for provider in PROVIDERS
-    ]
-    for provider, row in zip(PROVIDERS, rows, strict=True):
-        print(json.dumps({"provider": provider, **row}))
-    done = [row for row in rows if "skipped" not in row]
-    print(f"rows appended to {append_rows('bench_step', done, torch.device(options.device))}")
+    torch.set_num_threads(options.threads)  # what the rows say
+    for provider in options.providers:
+        row = in_process(__spec__.name, [*arguments, "--provider", provider])
+        print(json.dumps({"provider": provider, **row}), flush=True)
+        if "skipped" not in row:
+            append_rows("bench_step", [row], torch.device(options.device))
 
 
 if __name__ == "__main__":

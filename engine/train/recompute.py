@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,25 +20,24 @@ ATTENTION = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     )
 )
+# Beside attention, every n-th matrix product of a block is kept: they take longest to make.
+KEPT = {"elementwise": 1, "selective": 2}
 
 
 def checkpoint_blocks(layers: nn.ModuleList, mode: str | int) -> None:
     """Wrap the blocks that recompute: none, all, every n-th, or all of them by operation."""
-    every = {"off": 0, "full": 1, "selective": 1}.get(str(mode), mode)
-    assert isinstance(every, int)
+    if mode == "off":
+        return
+    every = mode if isinstance(mode, int) else 1
     options: dict[str, Any] = {}
-    if mode == "selective":
-        options["context_fn"] = keep_costly
-    for index in range(len(layers)):
-        if every and index % every == 0:
-            layers[index] = checkpoint_wrapper(layers[index], **options)
+    if mode in KEPT:
+        options["context_fn"] = partial(_keeping, KEPT[str(mode)])
+    for index in range(0, len(layers), every):
+        layers[index] = checkpoint_wrapper(layers[index], **options)
 
 
-def keep_costly() -> Any:
-    """Contexts of one block's forward pass and its repetition: keep what takes longest to make.
-
-    Attention is kept, and every second matrix product; the rest is made again.
-    """
+def _keeping(nth: int) -> Any:
+    """Contexts of one block's forward pass and its repetition, which makes what was not kept."""
     products = {False: 0, True: 0}  # met so far, in the first pass and in the repetition
 
     def policy(context: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
@@ -45,7 +45,7 @@ def keep_costly() -> Any:
             return CheckpointPolicy.MUST_SAVE
         if operation in PRODUCTS:
             products[context.is_recompute] += 1
-            if products[context.is_recompute] % 2 == 0:
+            if products[context.is_recompute] % nth == 0:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

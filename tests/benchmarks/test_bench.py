@@ -277,9 +277,23 @@ def test_memory_of_a_step_stands_in_the_readme(tmp_path: Path) -> None:
     figures_of = {"peak_mib": 1000.4, "above_state_mib": 99.6, **times}
     rows = [{"provider": "eager", **same, **made, **figures_of, "peak_mib": 5.0}]
     rows += [{"provider": name, **same, **made, **figures_of} for name in ("unteach", "eager")]
+    rows[-1]["above_state_mib"] = 199.2
     text = figures.memory_block(rows)
-    assert "| `unteach` | 1000 | 100 | 1.4 to 1.6 |" in text
+    assert "| `unteach` | 1000 | 100 | 2.0× | 1.4 to 1.6 |" in text
     assert text.count("`eager` |") == 1 and "| 5 |" not in text
+
+
+def test_plan_and_measured_peaks_stand_side_by_side() -> None:
+    made = {"model": "tiny", "shape": [8, 128], "versions": {"torch": "2"}, "commit": "c"}
+    bytes_of = {"planned_mib": 110.0, "live_mib": 100.0, "resident_mib": 220.0}
+    rows = [
+        {"checkpointing": "off", "pack_tokens": None, **made, **bytes_of, "live_mib": 1.0},
+        {"checkpointing": "off", "pack_tokens": None, **made, **bytes_of},
+        {"checkpointing": "full", "pack_tokens": 256, **made, **bytes_of},
+    ]
+    text = figures.plan_block(rows)
+    assert "| `off` | 110 | 100 (plan +10.0%) | 220 (plan -50.0%) |" in text
+    assert "| `full`, packed by 256 |" in text and text.count("`off`") == 1
 
 
 def test_logprob_rows_have_the_schema(tmp_path: Path) -> None:

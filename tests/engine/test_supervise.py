@@ -12,12 +12,12 @@ from torch import Tensor
 from unteach.engine.config import Config, MethodConfig, override
 from unteach.engine.data.records import Record, read_records
 from unteach.engine.data.tokens import Example, collate, response_tokens, student_context
+from unteach.engine.files import model_fingerprint
 from unteach.engine.model import (
     PreTrainedModel,
     head_of,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     tiny_model,
 )
 from unteach.engine.teacher.build import build_cache
