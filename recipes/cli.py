@@ -236,7 +236,7 @@ def study(
         list[str] | None,
         typer.Option(
             "--level",
-            help="factor:label:section.key=value adds a level, or a factor of your own; as often "
+            help="factor:level:section.key=value adds a level, or a factor of your own; as often "
             "as needed",
         ),
     ] = None,

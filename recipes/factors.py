@@ -64,7 +64,7 @@ def chosen_factors(
 
     Args:
         text: names parted by commas, or `all`.
-        added: levels as `factor:label:section.key=value`, of the table's factors or of new ones;
+        added: levels as `factor:level:section.key=value`, of the table's factors or of new ones;
             a label that is there takes one more setting.
     Raises:
         InputError: a name or a label that is not there; the nearest one is given.
@@ -92,7 +92,7 @@ def chosen_factors(
 def _parsed(level: str) -> tuple[str, str, str]:
     name, label, setting = [*(part.strip() for part in level.split(":", 2)), "", ""][:3]
     if not (name and label and "=" in setting):
-        raise InputError(f"--level {level}: write factor:label:section.key=value.")
+        raise InputError(f"--level {level}: write factor:level:section.key=value.")
     if set("/,=") & set(name + label):
         raise InputError(f"--level {level}: a factor and a label have no comma, slash or '='.")
     return name, label, setting

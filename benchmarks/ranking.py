@@ -1,0 +1,120 @@
+"""From a finished `unteach compare` to docs/results: its rows, its pictures, a table in the text.
+
+Each cell stands beside the paper's own figure (arXiv 2604.15482, Tables 1 and 2: MUSE-Books,
+Llama-3.2-3B-Instruct), where the paper has that row. Model and questions differ, so what can be
+compared is the order and the signs, not the values.
+
+    python -m unteach.benchmarks.ranking runs/wizards --name wizards
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unteach.benchmarks.figures import README, rewrite
+from unteach.engine.evaluate.ranking import ABLATION, GROUPS, HEADINGS, NAMES, seed_interval
+
+DOCS = README.parent / "docs"
+PICTURES = ("radar.png", "tradeoff.png")
+# Forget, General, Neighbor, ASR, MMLU, Overall.
+PAPER = {
+    "base": (32.1, 84.3, 57.28, 70.5, 60.8, 0.0),
+    "oracle": (2.1, 80.1, 58.5, 6.7, 60.7, 90.72),
+    "ensemble": (6.2, 60.9, 26.8, 13.5, 60.3, 28.52),
+    "duet": (3.2, 71.3, 26.8, 39.5, 49.9, 5.52),
+    "sft": (0.3, 49.6, 50.7, 1.5, 50.2, 48.92),
+    "ga": (36.9, 85.0, 55.9, 70.0, 36.45, -29.33),
+    "simnpo": (21.4, 43.1, 57.7, 70.5, 60.40, -30.48),
+    "flat": (0.7, 58.3, 42.7, 39.0, 58.92, 20.44),
+    "ngdiff": (13.6, 83.3, 37.7, 17.9, 60.8, 50.52),
+    "mollm": (19.9, 83.6, 57.4, 69.2, 60.8, 12.92),
+    "eq3": (2.7, 78.1, 58.5, 12.5, 59.2, 80.82),
+}
+Row = dict[str, Any]
+
+
+def block(ranking: Row) -> str:
+    """Markdown: the layout of Table 1, every cell `here (paper)`, and what each row is worth."""
+    base, rows = ranking["base"], {row["name"]: row for row in ranking["rows"]}
+    scores = [name for name in HEADINGS if name in base["scores"]]
+    counts = ", ".join(f"{HEADINGS[n]} {base['scores'][n]['n']}" for n in scores)
+    lines = [
+        f"| kind | row | seeds | {' | '.join(HEADINGS[n] for n in scores)} | Overall ↑ "
+        "| against ours |",
+        "| --- | --- | ---: |" + " ---: |" * (len(scores) + 2),
+        f"| | Base | | {' | '.join(_base_cells(base, scores))} | 0.0 | |",
+    ]
+    kinds = {name: kind for kind, names in GROUPS.items() for name in names}
+    order = [n for names in GROUPS.values() for n in names] + [n for n in ABLATION if n in rows]
+    for name in dict.fromkeys(order):
+        if name in rows:
+            lines.append(_line(rows[name], kinds.get(name, "ablation"), scores))
+    lines += [
+        "",
+        f"In brackets the paper's figure. N: {counts}. ± is half of Student's 95% interval over "
+        "seeds; `against ours` is the paired difference in Overall with its 95% interval. "
+        + _tuning(ranking["tuning"]),
+    ]
+    return "\n".join(lines)
+
+
+def _line(row: Row, kind: str, scores: Sequence[str]) -> str:
+    paper = dict(zip((*HEADINGS, "overall"), PAPER.get(row["name"], ()), strict=False))
+    values = {
+        **{n: [trial["scores"][n]["value"] for trial in row["trials"]] for n in scores},
+        "overall": [trial["overall"] for trial in row["trials"]],
+    }
+    cells = [_cell(values[name], paper.get(name)) for name in (*scores, "overall")]
+    apart = row["against_ours"]
+    against = "" if apart is None else "{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**apart)
+    name, trials = NAMES.get(row["name"], row["name"]), len(row["trials"])
+    seeds = "" if row["trials"][0]["seed"] is None else str(trials)
+    return f"| {kind} | {name} | {seeds} | {' | '.join(cells)} | {against} |"
+
+
+def _base_cells(base: Row, scores: Sequence[str]) -> list[str]:
+    paper = dict(zip(HEADINGS, PAPER["base"], strict=False))
+    return [_cell([base["scores"][name]["value"]], paper.get(name)) for name in scores]
+
+
+def _cell(values: Sequence[float], paper: float | None) -> str:
+    mean, half = seed_interval(values)
+    text = f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+    return text if paper is None else f"{text} ({paper:.1f})"
+
+
+def _tuning(tuning: Mapping[str, Any] | None) -> str:
+    if tuning is None:
+        return "Learning rates were given, not chosen."
+    return (
+        f"Each row's learning rate was chosen by Overall on {tuning['questions']} questions of "
+        f"split `{tuning['split']}`, one seed, the same rates for all."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Take a ranking in: rows and pictures into docs/results, the table into docs/results.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run folder of `unteach compare`")
+    parser.add_argument("--name", required=True, help="of the benchmark, in names of files")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args(argv)
+    source, folder = options.run / "compare", options.docs / "results"
+    ranking = json.loads((source / "ranking.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "rows.jsonl", folder / f"{options.name}.jsonl")
+    for picture in PICTURES:
+        if (source / picture).is_file():
+            shutil.copyfile(source / picture, folder / f"{options.name}-{picture}")
+    begin, end = (f"<!-- {mark}ranking:{options.name} -->" for mark in ("", "/"))
+    rewrite(options.docs / "results.md", block(ranking), begin, end)
+    print(f"{len(ranking['rows'])} rows in {folder / options.name}.jsonl")
+
+
+if __name__ == "__main__":
+    main()
