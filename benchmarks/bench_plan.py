@@ -55,7 +55,7 @@ def live_peak(config: Config, path: str, batch: Batch, steps: int = 2) -> int:
             del hidden_BTD, hidden_ND
             optimizer.step()
             optimizer.zero_grad()
-    held = [*model.parameters(), *cached]
+    held: list[Tensor] = [*model.parameters(), *cached]
     return live.peak + sum(t.numel() * t.element_size() for t in held)
 
 
