@@ -56,7 +56,8 @@ def live_peak(config: Config, path: str, batch: Batch, steps: int = 2) -> int:
             optimizer.step()
             optimizer.zero_grad()
     held: list[Tensor] = [*model.parameters(), *cached]
-    return live.peak + sum(t.numel() * t.element_size() for t in held)
+    total: int = live.peak + sum(t.numel() * t.element_size() for t in held)
+    return total
 
 
 def cached_rows(
