@@ -55,8 +55,9 @@ def live_peak(config: Config, path: str, batch: Batch, steps: int = 2) -> int:
             del hidden_BTD, hidden_ND
             optimizer.step()
             optimizer.zero_grad()
-    held = [*model.parameters(), *cached]
-    return live.peak + sum(t.numel() * t.element_size() for t in held)
+    held: list[Tensor] = [*model.parameters(), *cached]
+    total: int = live.peak + sum(t.numel() * t.element_size() for t in held)
+    return total
 
 
 def cached_rows(
@@ -125,12 +126,11 @@ def main() -> None:
         return
     names = ("model", "sequences", "tokens", "threads", *(("pack",) if options.pack else ()))
     given = [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
-    rows = []
     for mode in options.checkpointing:
         row = in_process(__spec__.name, [*given, "--here", "--checkpointing", mode])
         print(json.dumps(row), flush=True)
-        rows += [] if "skipped" in row else [row]
-    print(f"rows appended to {append_rows('bench_plan', rows, ALONE.device)}")
+        if "skipped" not in row:
+            append_rows("bench_plan", [row], ALONE.device)
 
 
 if __name__ == "__main__":
