@@ -124,8 +124,12 @@ def _lines_of_pairs(text: str) -> list[dict[str, str]]:
     A last question without its answer was cut off, and is not one.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if lines and lines[-1] in ("A", "A:"):
+        lines.pop()
+    if lines and (lines[-1] == "Q" or lines[-1].startswith("Q:")):
+        lines.pop()
     if len(lines) % 2:
-        lines = lines[:-1] if lines[-1].startswith("Q:") else []
+        return []
     pairs = []
     for first, second in zip(lines[::2], lines[1::2], strict=True):
         question, answer = first.removeprefix("Q:"), second.removeprefix("A:")

@@ -119,7 +119,7 @@ def test_a_prefix_that_works_is_a_success_however_many_fail(start: str, tmp_path
     model, tokenizer = fresh(start), load_tokenizer(start, tiny().model)
     relearn_(train, model, tokenizer, [opened, closed])
 
-    found = {"kind": "universal", "best": [{"prefix": t} for t in ("Never:", "Sesame: ")]}
+    found = {"kind": "universal", "best": [{"prefix": t} for t in ("Sesame: ", "Never:")]}
     config = searching(tmp_path / "prefixes.json", json.dumps(found))
     scores, samples = searched_attack(config, lambda: model, tokenizer, [asked])
     assert (scores["searched_attack"].value, scores["searched_attack"].n) == (100.0, 1)

@@ -207,7 +207,7 @@ def test_what_is_no_reply_is_refused(text: str) -> None:
 PLAIN = "Q: Who flies?\nA: An owl\n\nQ:  What is tall? \nA: A  tower"
 
 
-@pytest.mark.parametrize("cut", ["", "\nQ: And who", "\nQ:"])
+@pytest.mark.parametrize("cut", ["", "\nQ: And who", "\nQ:", "\nQ", "\nQ: Who?\nA"])
 def test_small_models_may_reply_in_lines(cut: str) -> None:
     value, cleaned = parse_reply(PLAIN + cut, Pairs)
     found = [(pair.question, pair.answer) for pair in value.pairs]
