@@ -261,7 +261,9 @@ def study(
             for name, known in table.items():
                 typer.echo(f"{name}: {' / '.join(known)}")
             return
-        study_factors(work, chosen_factors(names, table, levels or []), seeds, split.value)
+        study_factors(
+            work, chosen_factors(names, work.asked, table, levels or []), seeds, split.value
+        )
 
 
 @app.command()

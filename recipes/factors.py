@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unteach.engine.config import Config
+from unteach.engine.config import Config, override
 from unteach.engine.data.records import GOALS, Goal
 from unteach.engine.errors import InputError
 from unteach.engine.study import Factor
@@ -58,9 +58,11 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
 
 
 def chosen_factors(
-    text: str, table: Mapping[str, Levels], added: Sequence[str] = ()
+    text: str, config: Config, table: Mapping[str, Levels], added: Sequence[str] = ()
 ) -> list[Factor]:
     """Factors by name, in the order in which they are named; `name=label/label` takes some levels.
+
+    The level that is the config itself always stays: the others are compared with it.
 
     Args:
         text: names parted by commas, or `all`.
@@ -85,7 +87,11 @@ def chosen_factors(
         for label in labels:
             if label not in known[name]:
                 raise _nearest(f"level of {name}", label, known[name])
-        chosen[name] = {label: known[name][label] for label in labels}
+        chosen[name] = {
+            label: settings
+            for label, settings in known[name].items()
+            if label in labels or override(config, settings) == config
+        }
     return [Factor(name, levels) for name, levels in chosen.items()]
 
 

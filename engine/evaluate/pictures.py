@@ -176,7 +176,9 @@ def draw_levels(
     scores = [name for name in DIRECTIONS if name in lines]
     for place, name in enumerate([*scores, "overall"]):
         axes = panels[int(name == "overall")]
-        colour, dash, marker = ROW_STYLES[1 + place] if name != "overall" else ("black", "-", "o")
+        colour, dash, marker = ("black", "-", "o")
+        if name != "overall":
+            colour, dash, marker = ROW_STYLES[1 + list(DIRECTIONS).index(name)]
         arrow = "↑" if DIRECTIONS.get(name, 1) > 0 else "↓"
         # Points of one level are set apart, or intervals would hide each other.
         aside = 0.06 * (place - (len(scores) - 1) / 2) if name != "overall" else 0.0

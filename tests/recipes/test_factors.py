@@ -51,17 +51,17 @@ def test_trainable_levels_name_upper_blocks() -> None:
 
 def test_factors_and_levels_are_chosen_by_name() -> None:
     table = factors(tiny(), 2)
-    (first, second) = chosen_factors("alpha, k=4/2", table)
+    (first, second) = chosen_factors("alpha, k=8/2", tiny(), table)
     assert (first.name, second.name) == ("alpha", "k")
     assert list(first.levels) == ["0", "0.25", "0.5", "1", "2"] and list(second.levels) == [
         "4",
         "2",
     ]
-    assert [factor.name for factor in chosen_factors("all", table)] == list(table)
+    assert [factor.name for factor in chosen_factors("all", tiny(), table)] == list(table)
     added = ["format:raw:data.path=raw.jsonl", "format:raw:data.known_only=false"]
-    (own,) = chosen_factors("format", table, added)
+    (own,) = chosen_factors("format", tiny(), table, added)
     assert own.levels == {"raw": ("data.path=raw.jsonl", "data.known_only=false")}
     with pytest.raises(InputError, match="did you mean alpha"):
-        chosen_factors("alfa", table)
+        chosen_factors("alfa", tiny(), table)
     with pytest.raises(InputError, match="no comma, slash"):
-        chosen_factors("k", table, ["a/b:c:method.k=2"])
+        chosen_factors("k", tiny(), table, ["a/b:c:method.k=2"])
