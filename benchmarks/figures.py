@@ -347,7 +347,8 @@ def plan_block(rows: Sequence[Row]) -> str:
         f"What `unteach plan` foretells for a step of the {row['model']} model, all parameters "
         f"trained, {row['shape'][0]} rows of {row['shape'][1]} tokens, against the bytes of "
         "tensors at its fullest moment and the resident memory above that of the process before "
-        f"the model was loaded; torch {row['versions']['torch']}, commit `{row['commit']}`, each "
+        f"the model was loaded, which also holds what is no tensor; torch "
+        f"{row['versions']['torch']}, commit `{row['commit']}`, each "
         "in a process of its own, by `python -m unteach.benchmarks.bench_plan`.",
     ]
     return "\n".join(lines)
