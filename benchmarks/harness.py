@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import resource
 import statistics
@@ -22,6 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # More than the last-level cache of any GPU in use (H200: 50 MB, B200: 126 MB).
 FLUSH_BYTES = 256 * 2**20
+MMAP_THRESHOLD = 2**20  # bytes; from this size on glibc maps a block, and unmaps it when freed
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -67,9 +69,17 @@ def peak_mib(device: torch.device) -> float:
 
 
 def in_process(module: str, arguments: list[str]) -> dict[str, Any]:
-    """Run a measurement in a process of its own; its last line of output is a JSON object."""
+    """Run a measurement in a process of its own; its last line of output is a JSON object.
+
+    Its allocator hands large tensors back as they are freed: resident memory follows the tensors,
+    not what glibc keeps of them for later.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)},
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
@@ -77,7 +87,7 @@ def in_process(module: str, arguments: list[str]) -> dict[str, Any]:
         return {"skipped": reason}
     row = json.loads(lines[-1])
     assert isinstance(row, dict)
-    return row
+    return {**row, "mmap_threshold": MMAP_THRESHOLD}
 
 
 def interleaved_ms(
