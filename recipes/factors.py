@@ -52,7 +52,11 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
             "without prefix demos": ("teacher.prefix_demos=false", *UNMEASURED),
         },
         "anchors": {"with": ("data.anchors=true",), "without": ("data.anchors=false",)},
-        "format": {form: (f"data.form={form}",) for form in ("qa", "passage")},
+        "records": {
+            "questions": ("data.form=qa",),
+            "passages": ("data.form=passage",),
+            "both": ("data.form=null",),
+        },
         "method": {name: (f"method.name={name}",) for name in LOSSES},
     }
 

@@ -13,10 +13,12 @@ from unteach.recipes.benchmarks import muse_books
 from unteach.recipes.factors import chosen_factors, factors
 from unteach.recipes.quickstart import quickstart
 from unteach.recipes.tiny import tiny
+from unteach.recipes.wizards import wizards
 
 
 @pytest.mark.parametrize(
-    ("config", "blocks"), [(quickstart(), 30), (tiny(), 2), (muse_books(), 28)]
+    ("config", "blocks"),
+    [(quickstart(), 30), (wizards(), 30), (tiny(), 2), (muse_books(), 28)],
 )
 def test_every_level_is_another_config_and_one_is_the_recipe(config: Config, blocks: int) -> None:
     for name, levels in factors(config, blocks).items():
