@@ -1,0 +1,73 @@
+"""A finished ranking reaches the text: every cell beside the paper's own, pictures kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unteach.benchmarks.ranking import PAPER, block, main
+from unteach.engine.evaluate.ranking import HEADINGS
+from unteach.engine.evaluate.scores import Score, overall
+
+
+def trial(values: tuple[float, ...], seed: int | None, total: float) -> dict[str, Any]:
+    scores = {n: {"value": v, "n": 40} for n, v in zip(HEADINGS, values, strict=True)}
+    return {"scores": scores, "overall": total, "seed": seed}
+
+
+RANKING = {
+    "tuning": {"split": "tune", "questions": 160},
+    "base": trial((99, 100, 100, 70, 30), None, 0.0),
+    "rows": [
+        {"name": "oracle", "trials": [trial((0, 98, 99, 0, 31), None, 166)], "against_ours": None},
+        {
+            "name": "sft",
+            "trials": [trial((4, 100, 95, 1, 30), 0, 159), trial((6, 100, 93, 1, 30), 1, 155)],
+            "against_ours": {"value": -2.0, "low": -5.5, "high": 1.25},
+        },
+        {"name": "bitopk", "trials": [trial((2, 99, 97, 0, 30), 0, 163)], "against_ours": None},
+    ],
+}
+
+
+def test_each_cell_stands_beside_the_papers() -> None:
+    lines = block(RANKING).splitlines()
+    (base,) = (line for line in lines if "| Base |" in line)
+    assert "| 99.0 (32.1) | 100.0 (84.3) | 100.0 (57.3) | 70.0 (70.5) | 30.0 (60.8) |" in base
+    (sft,) = (line for line in lines if "| SFT |" in line)
+    # Student's 97.5% quantile of one degree of freedom times the standard error: 12.706 · 1.
+    assert "| 2 | 5.0 ± 12.7 (0.3) | 100.0 ± 0.0 (49.6) |" in sft
+    assert "157.0 ± 25.4 (48.9) | -2.0 [-5.5, +1.2] |" in sft
+    (ours,) = (line for line in lines if "| Ours |" in line)
+    assert "| 2.0 | 99.0 | 97.0 | 0.0 | 30.0 | 163.0 |" in ours
+    assert lines.index(sft) < lines.index(ours)
+    assert "160 questions of split `tune`" in lines[-1]
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name != "base"])
+def test_the_papers_figures_add_up(name: str) -> None:
+    def scores(values: tuple[float, ...]) -> dict[str, Score]:
+        return {n: Score(v, 1, v, v) for n, v in zip(HEADINGS, values, strict=False)}
+
+    total = overall(scores(PAPER[name]), scores(PAPER["base"])).value
+    assert total == pytest.approx(PAPER[name][-1], abs=0.011)
+
+
+def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
+    run, docs = tmp_path / "run" / "compare", tmp_path / "docs"
+    run.mkdir(parents=True)
+    docs.mkdir()
+    (run / "ranking.json").write_text(json.dumps(RANKING))
+    (run / "rows.jsonl").write_text("{}\n")
+    (run / "radar.png").write_bytes(b"png")
+    text = "before\n<!-- ranking:w -->\nold\n<!-- /ranking:w -->\nafter\n"
+    (docs / "results.md").write_text(text)
+    main([str(run.parent), "--name", "w", "--docs", str(docs)])
+    page = (docs / "results.md").read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert block(RANKING) in page
+    assert (docs / "results" / "w.jsonl").read_text() == "{}\n"
+    assert (docs / "results" / "w-radar.png").is_file()
