@@ -16,6 +16,7 @@ from unteach.benchmarks import (
     bench_linear_logprob,
     bench_linear_topk,
     figures,
+    memory_tables,
     real_hidden,
 )
 from unteach.benchmarks.comparison import MEASURED, Provider, Unavailable, measure, prepare
@@ -278,8 +279,8 @@ def test_memory_of_a_step_stands_in_the_readme(tmp_path: Path) -> None:
     rows = [{"provider": "eager", **same, **made, **figures_of, "peak_mib": 5.0}]
     rows += [{"provider": name, **same, **made, **figures_of} for name in ("unteach", "eager")]
     rows[-1]["above_state_mib"] = 199.2
-    text = figures.memory_block(rows)
-    assert "| `unteach` | 1000 | 100 | 2.0× | 1.4 to 1.6 |" in text
+    text = memory_tables.memory_block(rows)
+    assert "| `unteach` | 1000 | 100 | 2.0× | 2.0× | 1.4 to 1.6 |" in text
     assert text.count("`eager` |") == 1 and "| 5 |" not in text
 
 
@@ -291,7 +292,7 @@ def test_plan_and_measured_peaks_stand_side_by_side() -> None:
         {"checkpointing": "off", "pack_tokens": None, **made, **bytes_of},
         {"checkpointing": "full", "pack_tokens": 256, **made, **bytes_of},
     ]
-    text = figures.plan_block(rows)
+    text = memory_tables.plan_block(rows)
     assert "| `off` | 110 | 100 (plan +10.0%) | 220 (plan -50.0%) |" in text
     assert "| `full`, packed by 256 |" in text and text.count("`off`") == 1
 
