@@ -154,5 +154,9 @@ def test_what_a_search_finds_is_trained_on(tmp_path: Path) -> None:
         run = replace(run, config=config.model_copy(update={"data": knowing}))
         training_records(run)
         (tmp_path / "two" / "known.json").write_text('["attack-owl"]')
-        left = {r.id for r in training_records(run) if r.goal == "attack"}
+        passage = Record(id="p", goal="forget", answer="An owl flies.", form="passage")
+        run = replace(run, records=[*run.records, passage])
+        kept = training_records(run)
+        left = {r.id for r in kept if r.goal == "attack"}
+    assert [r.id for r in kept if r.goal == "forget"] == ["p"], "nobody asks what a passage says"
     assert left == {"attack-owl", *(i for i in made if i.startswith("attack-owl-found"))}
