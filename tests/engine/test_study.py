@@ -205,7 +205,7 @@ def test_anchors_can_be_left_out_of_training(
     dropped = {r.id for r in training_records(plain)} - {r.id for r in training_records(cell)}
     anchors = {r.id for r in read_records(Path(plain.config.data.path)) if r.anchor_of}
     assert dropped == anchors != set()
-    assert f"anchors: {len(anchors)} records" in capsys.readouterr().out
+    assert f"train: {len(anchors)} records left out" in capsys.readouterr().out
 
 
 def test_prefix_demos_can_be_left_out_of_the_intentions(plain: Run, tmp_path: Path) -> None:
