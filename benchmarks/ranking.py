@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unteach.benchmarks.figures import README, rewrite
+from unteach.engine.evaluate.headings import ARROWS, heading_of, is_stress, place_of
 from unteach.engine.evaluate.ranking import ABLATION, GROUPS, HEADINGS, NAMES, seed_interval
 
 DOCS = README.parent / "docs"
@@ -60,6 +61,25 @@ def block(ranking: Row) -> str:
         "seeds; `against ours` is the paired difference in Overall with its 95% interval. "
         + _tuning(ranking["tuning"]),
     ]
+    return "\n".join(lines)
+
+
+def robustness_block(ranking: Row) -> str:
+    """Markdown: a line for each stress, a column for the base and each row that has it."""
+    shown = {"Base": ranking["base"]["extra"]}
+    for row in ranking["rows"]:
+        extra = row["trials"][0]["extra"]
+        if any(map(is_stress, extra)):
+            shown[NAMES.get(row["name"], row["name"])] = extra
+    stresses = sorted(filter(is_stress, shown["Base"]), key=place_of)
+    lines = [f"| | N | {' | '.join(shown)} |", "| --- | ---: |" + " ---: |" * len(shown)]
+    for stress in stresses:
+        words, direction = heading_of(stress)
+        cells = [
+            "{value:.1f} [{low:.1f}–{high:.1f}]".format(**extra[stress]) for extra in shown.values()
+        ]
+        count = shown["Base"][stress]["n"]
+        lines.append(f"| {words} {ARROWS[direction]} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -112,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (source / picture).is_file():
             shutil.copyfile(source / picture, folder / f"{options.name}-{picture}")
     begin, end = (f"<!-- {mark}ranking:{options.name} -->" for mark in ("", "/"))
-    rewrite(options.docs / "results.md", block(ranking), begin, end)
+    page = options.docs / "results.md"
+    rewrite(page, block(ranking), begin, end)
+    if any(map(is_stress, ranking["base"]["extra"])):
+        begin, end = (f"<!-- {mark}robustness:{options.name} -->" for mark in ("", "/"))
+        rewrite(page, robustness_block(ranking), begin, end)
     print(f"{len(ranking['rows'])} rows in {folder / options.name}.jsonl")
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from unteach.benchmarks.ranking import PAPER, block, main
+from unteach.benchmarks.ranking import PAPER, block, main, robustness_block
 from unteach.engine.evaluate.ranking import HEADINGS
 from unteach.engine.evaluate.scores import Score, overall
 
 
 def trial(values: tuple[float, ...], seed: int | None, total: float) -> dict[str, Any]:
     scores = {n: {"value": v, "n": 40} for n, v in zip(HEADINGS, values, strict=True)}
-    return {"scores": scores, "overall": total, "seed": seed}
+    return {"scores": scores, "overall": total, "seed": seed, "extra": {}}
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "n": 80, "low": value - 1, "high": value + 1}
 
 
 RANKING = {
@@ -45,6 +50,15 @@ def test_each_cell_stands_beside_the_papers() -> None:
     assert "| 2.0 | 99.0 | 97.0 | 0.0 | 30.0 | 163.0 |" in ours
     assert lines.index(sft) < lines.index(ours)
     assert "160 questions of split `tune`" in lines[-1]
+
+
+def test_stresses_stand_in_a_line_each() -> None:
+    stressed = copy.deepcopy(RANKING)
+    stressed["base"]["extra"] = {"few_shot_forget": interval(92), "forget_refused": interval(0)}
+    stressed["rows"][1]["trials"][0]["extra"] = {"few_shot_forget": interval(7)}
+    lines = robustness_block(stressed).splitlines()
+    assert lines[0] == "| | N | Base | SFT |" and len(lines) == 3, "ours has none"
+    assert lines[2].endswith("↓ | 80 | 92.0 [91.0–93.0] | 7.0 [6.0–8.0] |")
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name != "base"])
