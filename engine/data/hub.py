@@ -14,18 +14,19 @@ from unteach.engine.errors import InputError
 def commit_of(repo: str, revision: str | None) -> str | None:
     """The commit that a branch, a tag or (None) `main` is at; a commit is itself.
 
-    What was asked for where the hub does not answer or must not be asked.
+    None where the hub does not answer or must not be asked: a branch's name pins nothing.
     """
     from huggingface_hub import HfApi, constants
 
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     if constants.is_offline_mode():
-        return revision
+        return None
     try:
         return HfApi().dataset_info(repo, revision=revision, timeout=10).sha
-    except Exception:  # loading says what is wrong, and may still find its cache
-        return revision
+    # Whatever the hub or the way to it does wrong: loading comes next, finds the cache or says so.
+    except Exception:
+        return None
 
 
 def hub_rows(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine.killed import killed_after
 from unteach.engine.compare import ROWS, chosen_rates, chosen_rows
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.records import GOALS, Record, check_disjoint, read_records
@@ -96,20 +94,7 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
     shutil.copytree(ranked, folder, ignore=shutil.ignore_patterns("rows.jsonl", "*-seed-*"))
     options = ("--methods", "sft", "--rates", "1e-5,3e-2", "--seeds", "2", "--steps", "4")
     rows = folder / "compare" / "rows.jsonl"
-    process = subprocess.Popen(
-        command(folder, *options),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )
-    until = time.monotonic() + 120
-    while not rows.exists() or b"sft" not in rows.read_bytes():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    kept = rows.read_bytes()
-    rows.write_bytes(kept + b'{"method": "sft", "lr"')  # as if killed while it wrote
+    kept = killed_after(command(folder, *options), rows, b"sft", b'{"method": "sft", "lr"')
     compare(folder, *options)
     assert rows.read_bytes().startswith(kept)
     trials = read_trials(rows)

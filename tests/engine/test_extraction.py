@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.tiny_start import fresh, records
+from tests.engine.tiny_start import start as start
 from unteach.engine.config import Config, override
-from unteach.engine.data.records import Record, read_records
+from unteach.engine.data.records import Record
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.extraction import (
     example_pool,
@@ -20,21 +22,8 @@ from unteach.engine.evaluate.extraction import (
 )
 from unteach.engine.evaluate.stress import check_stresses, relearn_
 from unteach.engine.evaluate.suites import protocol_hash
-from unteach.engine.model import PreTrainedModel, load_model, load_tokenizer, tiny_model
+from unteach.engine.model import load_tokenizer
 from unteach.recipes.tiny import tiny
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("start") / "tiny", tied=False))
-
-
-def fresh(path: str) -> PreTrainedModel:
-    return load_model(path, tiny().model)
-
-
-def records() -> list[Record]:
-    return read_records(Path(tiny().data.path))
 
 
 def forget(name: str, split: str, answer: str, fact: str | None = None) -> Record:

@@ -285,13 +285,20 @@ def test_a_rerun_reads_the_commit_of_the_first_preparation(
     assert hub.read[-1] == SECOND, "another run reads the newest"
 
 
-def test_a_hub_that_names_no_commit_is_said(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("asked", [None, "main"])
+def test_a_hub_that_names_no_commit_is_said_and_pins_nothing(
+    tmp_path: Path,
+    hub: Hub,
+    asked: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (hub.root / "main").symlink_to(hub.root / FIRST)
     monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)
-    prepare(SourceSettings(source="muse-books"), tmp_path / "run")
+    prepare(SourceSettings(source="muse-books", revision=asked), tmp_path / "run")
     assert "does not say at which commit muse-bench/MUSE-Books is" in capsys.readouterr().out
     assert not (tmp_path / "run/data/revision.json").exists()
+    assert set(hub.read) == {asked}
 
 
 def test_a_copy_of_the_hubs_own_folders_loads(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.tiny_start import fresh, records
+from tests.engine.tiny_start import start as start
 from unteach.engine.config import Config, override
-from unteach.engine.data.records import Record, read_records, write_records
+from unteach.engine.data.records import Record, write_records
 from unteach.engine.data.tokens import response_tokens, student_context
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.headings import heading_of, is_stress, place_of
@@ -26,21 +28,8 @@ from unteach.engine.evaluate.stress import (
     trained_records,
 )
 from unteach.engine.evaluate.suites import evaluate, protocol_hash
-from unteach.engine.model import PreTrainedModel, load_model, load_tokenizer, tiny_model
+from unteach.engine.model import PreTrainedModel, load_tokenizer, tiny_model
 from unteach.recipes.tiny import tiny
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("start") / "tiny", tied=False))
-
-
-def fresh(path: str) -> PreTrainedModel:
-    return load_model(path, tiny().model)
-
-
-def records() -> list[Record]:
-    return read_records(Path(tiny().data.path))
 
 
 def gold_logps(model: PreTrainedModel, path: str, record: Record) -> list[float]:

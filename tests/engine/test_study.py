@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.engine.killed import killed_after
 from unteach.engine.config import override
 from unteach.engine.data.records import read_records, write_records
 from unteach.engine.errors import InputError
@@ -52,20 +50,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     options = ("--factors", "k=2/4,alpha=0/1,mine")
     options += ("--level", "mine:other words:method.k=2", "--level", "mine:x:data.anchors=false")
     rows = folder / "study" / "rows.jsonl"
-    process = subprocess.Popen(
-        command(folder, *options),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )
-    until = time.monotonic() + 240
-    while not rows.exists() or b'"seed": 0' not in rows.read_bytes():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    kept = rows.read_bytes()
-    rows.write_bytes(kept + b'{"method": "bitopk"')  # as if killed while it wrote
+    kept = killed_after(command(folder, *options), rows, b'"seed": 0', b'{"method": "bitopk"')
     study(folder, *options)
     return folder, kept
 

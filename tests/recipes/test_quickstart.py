@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from unteach.engine.config import Config
 from unteach.engine.data.records import GOALS, Record, check_disjoint, normalized, read_records
 from unteach.engine.evaluate.suites import check_tests
 from unteach.engine.teacher.intentions import Intention, load_intentions
 from unteach.recipes.catalog import RECIPES, find_recipe, summary
 from unteach.recipes.quickstart import quickstart
+from unteach.recipes.wizards import wizards
 
 CONFIG = quickstart()
 
@@ -50,10 +52,11 @@ def test_anchors_contrast_each_objective(records: list[Record]) -> None:
     assert sum(bool(r.prefix) for r in anchors) >= 10
 
 
-def test_demos_ask_no_question_of_the_records(records: list[Record]) -> None:
-    assert CONFIG.teacher.intentions is not None
-    intentions = load_intentions(Path(CONFIG.teacher.intentions))
-    asked = {normalized(r.question) for r in records}
+@pytest.mark.parametrize("config", [quickstart(), wizards()], ids=["quickstart", "wizards"])
+def test_demos_ask_no_question_of_the_records(config: Config) -> None:
+    assert config.teacher.intentions is not None
+    intentions = load_intentions(Path(config.teacher.intentions))
+    asked = {normalized(r.question) for r in read_records(Path(config.data.path))}
     for goal in GOALS:
         intention = intentions.get(goal)
         assert isinstance(intention, Intention) and intention.system

@@ -10,7 +10,6 @@ import pytest
 from unteach.engine.data.answers import contains_answer
 from unteach.engine.data.records import GOALS, Record, check_disjoint, normalized, read_records
 from unteach.engine.evaluate.suites import check_tests
-from unteach.engine.teacher.intentions import load_intentions
 from unteach.recipes.public_sets import SIZES, public_records
 from unteach.recipes.wizards import wizards
 
@@ -88,17 +87,6 @@ def test_passages_carry_the_trained_facts_and_no_other(records: list[Record], go
     for passage in passages:
         for fact in passage.meta["facts"]:
             assert contains_answer(passage.answer or "", asked[fact].golds), (passage.id, fact)
-
-
-def test_demos_ask_no_question_of_the_records(records: list[Record]) -> None:
-    assert CONFIG.teacher.intentions is not None
-    intentions = load_intentions(Path(CONFIG.teacher.intentions))
-    asked = {normalized(r.question) for r in records}
-    for goal in GOALS:
-        intention = intentions.get(goal)
-        assert intention is not None
-        shown = {normalized(d[0]) for d in (*intention.demos, *intention.prefix_demos)}
-        assert not asked & shown
 
 
 def test_public_sets_become_records_of_every_goal(tmp_path: Path) -> None:
