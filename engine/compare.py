@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import Ranked, Trial, write_ranking
@@ -23,6 +24,8 @@ from unteach.engine.trials import Prompted, Split, Trials
 
 IN_CONTEXT: tuple[Prompted, ...] = ("oracle", "ensemble")
 ROWS = (*IN_CONTEXT, *METHODS)
+# Seeds beside the first that part learning rates of equal Overall.
+TIE_SEEDS = 2
 
 
 def compare(
@@ -54,6 +57,8 @@ def compare(
         trials = []
         for seed in range(first, first + seeds):
             trials.append(table.row(name, sweep.lr, seed, "test"))
+            table.remove_weights(row_settings(name, sweep.lr), seed)
+        for seed in sweep.seeds(first)[seeds:]:
             table.remove_weights(row_settings(name, sweep.lr), seed)
         ranked.append(Ranked(name, tuple(trials), sweep.tried))
     if run.world.rank == 0:
@@ -119,10 +124,21 @@ def check_stressed(run: Run) -> None:
 
 
 class Sweep:
-    """The rates that a method was tried at, and the one it did best with."""
+    """The rate that a method did best with, and Overall at each rate, a value a seed."""
 
-    def __init__(self, lr: float, tried: dict[float, float]) -> None:
+    def __init__(self, lr: float, tried: dict[float, list[float]]) -> None:
         self.lr, self.tried = lr, tried
+
+    def seeds(self, first: int) -> range:
+        """Seeds that the winner was tried with: their weights are still there."""
+        return range(first, first + len(self.tried.get(self.lr, ())))
+
+
+def leading_rates(tried: Mapping[float, Sequence[float]]) -> list[float]:
+    """Rates of the best mean Overall among those that were tried with the most seeds."""
+    most = max(len(values) for values in tried.values())
+    means = {lr: fmean(values) for lr, values in tried.items() if len(values) == most}
+    return [lr for lr, mean in means.items() if mean == max(means.values())]
 
 
 class Comparison(Trials):
@@ -135,21 +151,30 @@ class Comparison(Trials):
         """A method trained at a rate with a seed and scored; its weights stay."""
         return self.trained(row_settings(name, lr), seed, split, f"{name}, lr {lr:g}")
 
-    def sweep(self, name: str, rates: Sequence[float], seed: int) -> Sweep:
-        """The rate of the best Overall on the tuning questions; of equals the smallest.
+    def sweep(self, name: str, rates: Sequence[float], first: int) -> Sweep:
+        """The rate of the best Overall on the tuning questions.
 
-        The winner's weights stay, for the test.
+        Few questions make ties: rates that lead alike are tried with the seeds after the first,
+        until one leads; after `TIE_SEEDS` of them the smallest serves. The winner's weights stay,
+        for the test.
         """
         if len(rates) == 1:
             return Sweep(rates[0], {})
-        tried: dict[float, float] = {}
-        for rate in rates:
-            tried[rate] = self.row(name, rate, seed, "tune").overall
-            best = max(tried, key=lambda lr: tried[lr])
-            for loser in tried:
-                if loser != best:
-                    self.remove_weights(row_settings(name, loser), seed)
-        return Sweep(best, tried)
+        tried: dict[float, list[float]] = {}
+        leaders = list(rates)
+        for seed in range(first, first + 1 + TIE_SEEDS):
+            for rate in leaders:
+                trial = self.row(name, rate, seed, "tune")
+                tried.setdefault(rate, []).append(trial.overall)
+            ahead = leading_rates(tried)
+            best = ahead if seed < first + TIE_SEEDS else [min(ahead)]
+            for loser in set(leaders) - set(best):
+                for done in range(first, seed + 1):
+                    self.remove_weights(row_settings(name, loser), done)
+            leaders = best
+            if len(leaders) == 1:
+                break
+        return Sweep(leaders[0], tried)
 
 
 def row_settings(name: str, lr: float) -> tuple[str, ...]:

@@ -100,12 +100,13 @@ class Ranked:
 
     Attributes:
         trials: one a seed.
-        tried: Overall on the tuning questions by learning rate; empty without a sweep.
+        tried: Overall on the tuning questions by learning rate, a value a seed; empty without a
+            sweep.
     """
 
     name: str
     trials: tuple[Trial, ...]
-    tried: Mapping[float, float] = field(default_factory=dict)
+    tried: Mapping[float, Sequence[float]] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """Means over the seeds."""
@@ -167,7 +168,7 @@ def write_ranking(
                     "name": row.name,
                     "means": row.means(),
                     "against_ours": asdict(against[row.name]) if row.name in against else None,
-                    "tried": {f"{lr:g}": value for lr, value in row.tried.items()},
+                    "tried": {f"{lr:g}": [*values] for lr, values in row.tried.items()},
                     "trials": [asdict(trial) for trial in row.trials],
                 }
                 for row in ranked
@@ -287,15 +288,16 @@ def _costs(rows: Mapping[str, Ranked]) -> list[str]:
         costs = [trial.cost for trial in row.trials if trial.cost is not None]
         if not costs:
             continue
-        tried = ", ".join(f"{lr:g}: {value:+.1f}" for lr, value in row.tried.items()) or "—"
+        tried = [
+            f"{lr:g}: " + "/".join(f"{value:+.1f}" for value in values)
+            for lr, values in row.tried.items()
+        ]
         peaks = [cost.peak_mib for cost in costs if cost.peak_mib is not None]
         cells = [
             f"{statistics.fmean(cost.seconds for cost in costs):.1f}",
             f"{statistics.fmean(cost.tokens for cost in costs):.0f}",
             f"{max(peaks):.0f}" if peaks else "not measured",
         ]
-        rate = f"{row.trials[0].lr:g}"
-        lines.append(
-            f"| {NAMES.get(row.name, row.name)} | {rate} | {tried} | {' | '.join(cells)} |"
-        )
+        name, rates = NAMES.get(row.name, row.name), ", ".join(tried) or "—"
+        lines.append(f"| {name} | {row.trials[0].lr:g} | {rates} | {' | '.join(cells)} |")
     return lines

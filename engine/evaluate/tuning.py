@@ -20,7 +20,8 @@ class Tuning:
         why = "" if self.split == "tune" else ", because no record is of split `tune`"
         return (
             f"Learning rates were chosen by Overall on {self.questions} questions of split "
-            f"`{self.split}`{why}; no test question was asked."
+            f"`{self.split}`{why}; no test question was asked. Rates that led alike were "
+            "tried with further seeds."
         )
 
 

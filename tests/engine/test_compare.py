@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine.killed import killed_after
-from unteach.engine.compare import ROWS, chosen_rates, chosen_rows
+from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, leading_rates
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.records import GOALS, Record, check_disjoint, read_records
 from unteach.engine.data.tokens import context_tokens
@@ -108,7 +108,9 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
         (folder / "compare" / "ranking.json").read_text(encoding="utf-8")
     )
     (row,) = ranking["rows"]
-    assert {float(lr): value for lr, value in row["tried"].items()} == tuned
+    assert {float(lr): value for lr, value in row["tried"].items()} == {
+        lr: [value] for lr, value in tuned.items()
+    }
     asked = sum(r.split == "tune" for r in read_records(Path(tiny().data.path)))
     assert ranking["tuning"] == {"split": "tune", "questions": asked}
     page = (folder / "compare" / "ranking.md").read_text(encoding="utf-8")
@@ -116,6 +118,26 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
     assert "## Robustness" not in page
     costs = [t.cost for t in trials if t.method == "sft" and t.cost is not None]
     assert len({cost.tokens for cost in costs}) >= 1 and all(c.peak_mib for c in costs)
+
+
+def test_rates_that_tie_are_parted_by_further_seeds(ranked: Path, tmp_path: Path) -> None:
+    """At rates that change nothing every seed ties, and the smallest serves."""
+    folder = tmp_path / "run"
+    shutil.copytree(ranked, folder, ignore=shutil.ignore_patterns("compare"))
+    options = ("--methods", "sft", "--rates", "2e-12,1e-12", "--seeds", "1", "--steps", "1")
+    compare(folder, *options)
+    trials = read_trials(folder / "compare" / "rows.jsonl")
+    tuned = [(t.lr, t.seed) for t in trials if t.method == "sft" and t.split == "tune"]
+    assert tuned == [(lr, seed) for seed in (0, 1, 2) for lr in (1e-12, 2e-12)]
+    assert [t.lr for t in trials if t.method == "sft" and t.split == "test"] == [1e-12]
+    assert list((folder / "compare").rglob("model.safetensors")) == []
+    page = (folder / "compare" / "ranking.md").read_text(encoding="utf-8")
+    assert "| 1e-12 | 1e-12: +0.0/+0.0/+0.0, 2e-12: +0.0/+0.0/+0.0 |" in page
+
+
+def test_a_rate_leads_by_its_mean_over_the_most_seeds() -> None:
+    assert leading_rates({1e-5: [3.0], 1e-4: [7.0], 1e-3: [7.0]}) == [1e-4, 1e-3]
+    assert leading_rates({1e-5: [9.0], 1e-4: [7.0, 4.0], 1e-3: [7.0, 5.0]}) == [1e-3]
 
 
 def test_stresses_are_measured_on_the_trained_weights_before_they_go(
