@@ -197,10 +197,15 @@ class OptimConfig(Section):
     head: Literal["trained", "frozen"] = Field(
         "trained", description="`frozen` keeps the output head (and a tied embedding) fixed"
     )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train adapters of this rank beside the linear layers of `trainable`",
+    )
+    lora_alpha: float = Field(16.0, gt=0, description="adapters count lora_alpha / lora_rank times")
     reuse_frozen: bool = Field(
         False,
-        description="run frozen lower blocks once a record and keep their outputs in memory; in a "
-        "single process without activation checkpointing",
+        description="keep frozen blocks' outputs in memory; one process, nothing recomputed",
     )
 
 

@@ -53,6 +53,7 @@ SWITCHES = (
     ("optim.state=bfloat16", "moments of 8 bits precision, rounded stochastically"),
     ("model.dtype=bfloat16", "weights of 8 bits precision, rounded stochastically"),
     ("optim.state=8bit", "moments in blocks of 256; needs torchao"),
+    ("optim.lora_rank=16", "adapters train in place of weights, at some ten times the rate"),
     ("parallel.cpu_offload=true", "state in host memory: every step moves it to the GPU and back"),
 )
 

@@ -40,7 +40,7 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
         "mix": _mixes(config),
         "lr": _numbers("optim.lr", (3e-5, 1e-4, 3e-4), optim.lr),
         "steps": _numbers("optim.steps", (15, 30, 60, 120), optim.steps),
-        "trainable": _trainable(blocks),
+        "trainable": _trainable(blocks, optim.lr),
         "form": {
             "hidden": ("teacher.form=hidden",),
             "logits": ("teacher.form=logits", "teacher.logits_dtype=bfloat16"),
@@ -170,7 +170,9 @@ def _mixes(config: Config) -> Levels:
     return {label: (f"data.mix={json.dumps(mix)}",) for label, mix in levels.items()}
 
 
-def _trainable(blocks: int) -> Levels:
+def _trainable(blocks: int, lr: float) -> Levels:
+    """Parts of the model; adapters at ten times the rate, because they begin at zero."""
+
     def upper(count: int) -> tuple[str, ...]:
         numbers = "|".join(str(index) for index in range(blocks - max(count, 1), blocks))
         return (f"optim.trainable=.*\\.layers\\.({numbers})\\..*",)
@@ -180,4 +182,5 @@ def _trainable(blocks: int) -> Levels:
         "all blocks": upper(blocks),
         "last half": upper(blocks // 2),
         "last quarter": upper(blocks // 4),
+        "LoRA": (*upper(blocks), "optim.lora_rank=16", f"optim.lr={10 * lr:g}"),
     }

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from unteach.engine.errors import InputError
 from unteach.engine.files import write_json
 from unteach.engine.model import PreTrainedModel
+from unteach.engine.train.lora import is_adapter
 from unteach.engine.train.parallel import World
 
 COMPLETE = "complete"
@@ -185,9 +186,10 @@ def resume(
 
 
 def model_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter by its name in the model's files, as it lies on this rank."""
+    """Every parameter by its name in the model's files, as it lies on this rank; no adapters."""
     state = get_model_state_dict(model)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if not is_adapter(name)}
 
 
 def _state(

@@ -29,6 +29,7 @@ from unteach.engine.progress import progress, say
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.checkpoint import Saver, model_state, resume
 from unteach.engine.train.log import FiniteGuard, StepLog, StepSums
+from unteach.engine.train.lora import merge_adapters, reset_adapters
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import (
     adamw,
@@ -145,6 +146,7 @@ def train(job: Job, world: World) -> Path:
                 raise KeyboardInterrupt
 
     saver.finish()
+    merge_adapters(model)
     export_model(model, job.tokenizer, model_state(model), job.folder / "model", rank=world.rank)
     world.wait()
     return job.folder / "model"
@@ -160,6 +162,7 @@ def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[s
     shard_model(model, job.config.parallel, world)
     if files:
         load_shards(model, files, job.config.parallel, world)
+    reset_adapters(model, job.config.run.seed)
     model.train()
     return model, head, trainable
 

@@ -13,10 +13,11 @@ from unteach.engine.config import OptimConfig
 from unteach.engine.errors import InputError
 from unteach.engine.model import DTYPES, PreTrainedModel, head_weight
 from unteach.engine.train.lean_adamw import LeanAdamW
+from unteach.engine.train.lora import add_adapters
 
 
 def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
-    """Freeze what `optim.trainable` does not match; return the names that train.
+    """Freeze what `optim.trainable` does not match, or all but adapters; return what trains.
 
     Raises:
         InputError: no pattern, or one that matches no parameter.
@@ -25,6 +26,8 @@ def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
         pattern = re.compile(config.trainable)
     except re.error as error:
         raise InputError(f"optim.trainable {config.trainable!r} is no pattern: {error}.") from error
+    if config.lora_rank is not None:
+        return add_adapters(model, config)
     head = head_weight(model) if config.head == "frozen" else None
     chosen = []
     for name, parameter in model.named_parameters():

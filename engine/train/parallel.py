@@ -196,10 +196,8 @@ def load_shards(
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         name = name.replace(WRAPPED, "")
-        local, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        rows = tuple(slice(start, start + size) for start, size in zip(offset, local, strict=True))
+        if name not in files:  # an adapter, which has its values from elsewhere
+            continue
         try:
             with safe_open(files[name], framework="pt") as tensors, torch.no_grad():
                 stored = tensors.get_slice(name)
@@ -207,7 +205,7 @@ def load_shards(
                     raise SafetensorError(
                         f"{name} is {stored.get_shape()} and not {list(parameter.shape)}"
                     )
-                parameter.to_local().copy_(stored[rows])
+                parameter.to_local().copy_(stored[own_rows(parameter)])
         except (OSError, SafetensorError) as error:
             raise InputError(f"{files[name]} cannot be loaded: {error}.") from error
 
@@ -224,6 +222,21 @@ def sync_gradients(model: nn.Module, world: World, *, last: bool) -> None:
     """Reduce gradients over ranks on the last micro-batch of a step only."""
     if world.mesh is not None:
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def own_rows(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of a sharded parameter lies on this rank; all of it where it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank; writing to it writes to the parameter."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

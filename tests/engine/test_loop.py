@@ -133,8 +133,9 @@ def test_losses_are_the_golden_ones(whole: Path) -> None:
         ("method.name=sft", "method.reduction=record"),
         ("method.name=ngdiff", "method.own_rate_every=5", "optim.steps=12"),
         ("method.name=mollm", "optim.steps=8"),
+        ("optim.lora_rank=3", "optim.lr=1e-2", "parallel.checkpointing=selective"),
     ],
-    ids=["tied", "idle-rank", "sft", "ngdiff", "mollm"],
+    ids=["tied", "idle-rank", "sft", "ngdiff", "mollm", "lora"],
 )
 def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     if "model.path=tiny-tied" in settings:

@@ -26,6 +26,15 @@ def test_peak_of_a_real_step_is_the_planned_one(tmp_path: Path, mode: str, pack:
     assert planned == pytest.approx(live_peak(config, path, batch), rel=0.02)
 
 
+def test_adapters_are_planned_as_they_are(tmp_path: Path) -> None:
+    path = str(tiny_model(tmp_path / "tiny", tied=False))
+    config = override(tiny(), ["optim.lora_rank=4", 'data.mix={"forget": 4, "general": 20}'])
+    batch = largest_batch(config, 1, load_tokenizer(path, config.model))
+    planned = plan_batch(config, 1, path, batch)
+    assert planned.peak == pytest.approx(live_peak(config, path, batch), rel=0.02)
+    assert planned.items["gradients"] < 0.2 * planned.items["weights"]
+
+
 def test_items_follow_their_arithmetic() -> None:
     alone, two = plan(tiny(), 1), plan(tiny(), 2)
     weights = alone.items["weights"]
