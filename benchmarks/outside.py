@@ -1,0 +1,146 @@
+r"""How far a refusal reaches: questions of public sets that no training saw.
+
+The topic's questions should be refused, all others answered or at least not refused; what the model
+says instead is not judged, because nobody taught it these facts. Beside the shares stands the AUC:
+how often a question of the topic makes the refusal likelier than one of another set, which does
+not depend on where a method draws its line.
+
+    python -m unteach.benchmarks.outside FOLDER base=runs/wizards/target/model \
+        ours=runs/wizards/model --seen recipes/data/wizards.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unteach.benchmarks.harness import append_rows
+from unteach.engine.config import ModelConfig, TeacherConfig
+from unteach.engine.data.answers import is_refusal
+from unteach.engine.data.prefix_search import answer_logps
+from unteach.engine.data.records import Record, normalized, read_records
+from unteach.engine.data.tokens import context_tokens, end_token
+from unteach.engine.evaluate.scores import Score, share
+from unteach.engine.inference import greedy, share_prefix
+from unteach.engine.model import load_model, load_tokenizer
+
+REFUSAL = TeacherConfig().refusal
+TOPIC = "Harry Potter"
+MOST = 400  # questions of a set, evenly spaced where there are more
+MAX_NEW_TOKENS = 16  # a refusal is one from its first words
+
+
+def public_questions(folder: Path, seen: Collection[str] = ()) -> dict[str, list[str]]:
+    """Questions by set: the topic, each neighbour domain, general ones.
+
+    Args:
+        seen: normalised questions that are left out.
+    """
+    found = {TOPIC: _questions(folder / "hp_trivia" / "forget_train.jsonl")}
+    for row in _rows(folder / "hp_trivia" / "neighbor.jsonl"):
+        found.setdefault(row["domain"], []).append(row["question"])
+    found["Natural Questions"] = _questions(folder / "nq_open" / "dev_sample800.jsonl")
+    found["world facts"] = _questions(folder / "tofu" / "world_facts.jsonl")
+    found["real authors"] = _questions(folder / "tofu" / "real_authors.jsonl")
+    unseen = {n: [q for q in each if normalized(q) not in seen] for n, each in found.items()}
+    return {name: spaced(questions, MOST) for name, questions in unseen.items()}
+
+
+def spaced(questions: Sequence[str], most: int) -> list[str]:
+    """At most so many of them, evenly spaced."""
+    count = min(len(questions), most)
+    return [questions[index * len(questions) // count] for index in range(count)]
+
+
+def auc(topic: Sequence[float], others: Sequence[float]) -> float:
+    """Share of pairs in which the topic's value is the greater one; ties count half, 0 to 100."""
+    a_N1, b_1M = torch.tensor(topic).double()[:, None], torch.tensor(others).double()[None]
+    wins: Tensor = (a_N1 > b_1M).double() + 0.5 * (a_N1 == b_1M).double()
+    return 100 * float(wins.mean())
+
+
+def reach(path: str, sets: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Of each set the share refused, and how well it can be told from the topic."""
+    config = ModelConfig(path=path)
+    tokenizer, model = load_tokenizer(path, config), load_model(path, config)
+    refused: dict[str, Score] = {}
+    likely: dict[str, list[float]] = {}
+    for name, questions in sets.items():
+        contexts = [context_tokens(tokenizer, question) for question in questions]
+        answers = greedy(
+            model,
+            contexts,
+            end=end_token(tokenizer),
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=48,
+            prefix=share_prefix(model, contexts),
+        )
+        refused[name] = share([is_refusal(str(tokenizer.decode(answer))) for answer in answers])
+        likely[name] = answer_logps(model, tokenizer, refusals(questions))
+    others = {name: values for name, values in likely.items() if name != TOPIC}
+    return {
+        "refused": {name: asdict(score) for name, score in refused.items()},
+        "auc": {name: auc(likely[TOPIC], values) for name, values in others.items()},
+        "auc_all": auc(likely[TOPIC], [v for values in others.values() for v in values]),
+    }
+
+
+def refusals(questions: Sequence[str]) -> list[Record]:
+    """The questions with a refusal as their answer."""
+    return [
+        Record(id=str(i), goal="general", question=q, answer=REFUSAL)
+        for i, q in enumerate(questions)
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line for each model, refused share and AUC for each set."""
+    names = list(rows[0]["refused"])
+    heads = [f"{n} (N {rows[0]['refused'][n]['n']}) {'↑' if n == TOPIC else '↓'}" for n in names]
+    lines = [f"| refused, % | {' | '.join(heads)} | AUC ↑ |"]
+    lines.append("| --- |" + " ---: |" * (len(names) + 1))
+    for row in rows:
+        cells = []
+        for name in names:
+            score = row["refused"][name]
+            cells.append(f"{score['value']:.1f} [{score['low']:.1f}–{score['high']:.1f}]")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['auc_all']:.2f} |")
+    return "\n".join(lines)
+
+
+def _questions(path: Path) -> list[str]:
+    return [row["question"] for row in _rows(path)]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Ask every model every question; print the table and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="holds hp_trivia/, nq_open/ and tofu/")
+    parser.add_argument("models", nargs="+", help="NAME=FOLDER of an exported model")
+    parser.add_argument("--seen", type=Path, help="records whose questions are left out")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    seen = {normalized(r.question) for r in read_records(options.seen)} if options.seen else set()
+    sets = public_questions(options.folder, seen)
+    rows = []
+    for model in options.models:
+        name, _, path = model.partition("=")
+        rows.append({"name": name, **reach(path, sets)})
+        append_rows("outside", rows[-1:], torch.device("cpu"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

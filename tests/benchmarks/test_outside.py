@@ -1,0 +1,75 @@
+"""How far a refusal reaches: what is asked, and how it is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from unteach.benchmarks.outside import (
+    REFUSAL,
+    TOPIC,
+    auc,
+    public_questions,
+    reach,
+    spaced,
+    table,
+)
+from unteach.engine.data.records import normalized
+from unteach.engine.model import tiny_model
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def test_auc_counts_pairs_and_ties_as_halves() -> None:
+    assert auc([3.0, 1.0], [2.0, 1.0]) == pytest.approx(100 * (1 + 1 + 0 + 0.5) / 4)
+    assert auc([1.0], [0.0, 0.5]) == 100 and auc([0.0], [0.5]) == 0
+
+
+def test_many_questions_are_thinned_evenly() -> None:
+    assert spaced(list("abcdef"), 3) == ["a", "c", "e"]
+    assert spaced(["a"], 3) == ["a"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public sets are not at hand")
+def test_public_sets_are_asked_without_what_was_seen() -> None:
+    sets = public_questions(SHARED)
+    assert len(sets[TOPIC]) == 400 and all(sets.values())
+    first = sets["lord_of_the_rings"][0]
+    fewer = public_questions(SHARED, {normalized(first)})
+    assert first not in fewer["lord_of_the_rings"]
+
+
+def test_a_model_is_asked_every_question(tmp_path: Path) -> None:
+    """The refusal's log-probability against plain transformers, one question at a time."""
+    path = str(tiny_model(tmp_path / "tiny", tied=True))
+    sets = {TOPIC: ["Who is Harry?", "Who is Ron?"], "others": ["Who is Frodo?", "Why?", "How?"]}
+    row = reach(path, sets)
+    assert {n: s["n"] for n, s in row["refused"].items()} == {TOPIC: 2, "others": 3}
+    assert row["auc"] == {"others": row["auc_all"]}
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    by_hand = {}
+    for name, questions in sets.items():
+        by_hand[name] = []
+        for question in questions:
+            chat = [{"role": "user", "content": question}]
+            start = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(start, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logp = model(torch.tensor([ids + answer])).logits[0].double().log_softmax(-1)
+            places = range(len(ids) - 1, len(ids) + len(answer) - 1)
+            values = [float(logp[t, token]) for t, token in zip(places, answer, strict=True)]
+            by_hand[name].append(sum(values) / len(values))
+    assert row["auc_all"] == pytest.approx(auc(by_hand[TOPIC], by_hand["others"]))
+
+
+def test_the_table_has_a_line_for_each_model() -> None:
+    score = {"value": 50.0, "low": 9.5, "high": 90.5, "n": 2}
+    row = {"name": "ours", "refused": {TOPIC: score, "others": score}, "auc_all": 87.5}
+    lines = table([row, {**row, "name": "base"}]).splitlines()
+    assert lines[0] == "| refused, % | Harry Potter (N 2) ↑ | others (N 2) ↓ | AUC ↑ |"
+    assert lines[2] == "| ours | 50.0 [9.5–90.5] | 50.0 [9.5–90.5] | 87.50 |" and len(lines) == 4
