@@ -326,7 +326,7 @@ def _taught(cell: Run) -> list[Record]:
 def _lesson(cell: Run) -> list[object]:
     """Everything beside the base that a teacher cache depends on."""
     return [
-        cell.config.teacher.model_dump(mode="json"),
+        cell.config.teacher.model_dump(mode="json", exclude={"intentions"}),  # its text is below
         cell.config.data.known_only,
         cell.intentions.model_dump(mode="json") if cell.intentions else None,
         records_fingerprint(_taught(cell)),

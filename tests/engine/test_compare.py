@@ -78,11 +78,15 @@ def test_what_is_made_once_is_shared_and_weights_do_not_pile_up(ranked: Path) ->
     assert len(list((ranked / "compare").rglob("train.jsonl"))) == len(ROWS) - 2
 
 
-def test_a_finished_ranking_is_not_made_again(ranked: Path) -> None:
+def test_a_finished_ranking_is_not_made_again(ranked: Path, tmp_path: Path) -> None:
+    """Not even where the intentions, or the package that ships them, lie elsewhere."""
     rows = ranked / "compare" / "rows.jsonl"
     before = rows.read_bytes()
     page = (ranked / "compare" / "ranking.md").read_bytes()
-    compare(ranked, "--seeds", "1", "--rates", "1e-3", "--steps", "2")
+    intentions = tmp_path / "intentions.yaml"
+    shutil.copy(str(tiny().teacher.intentions), intentions)
+    moved = ("--set", f"teacher.intentions={intentions}")
+    compare(ranked, "--seeds", "1", "--rates", "1e-3", "--steps", "2", *moved)
     assert rows.read_bytes() == before
     assert (ranked / "compare" / "ranking.md").read_bytes() == page
 
