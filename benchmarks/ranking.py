@@ -113,7 +113,7 @@ def _tuning(tuning: Mapping[str, Any] | None) -> str:
         return "Learning rates were given, not chosen."
     return (
         f"Each row's learning rate was chosen by Overall on {tuning['questions']} questions of "
-        f"split `{tuning['split']}`, one seed, the same rates for all."
+        f"split `{tuning['split']}`, the same rates for all, one seed; more where rates led alike."
     )
 
 
