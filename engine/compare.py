@@ -110,7 +110,7 @@ def check_rows(run: Run, names: Sequence[str]) -> None:
             Told("oracle" if name == "oracle" else "ensemble", run.intentions).check()
         else:
             method = run.asked.method.model_copy(update={"name": name})
-            check_method(run.asked.model_copy(update={"method": method}), run.records)
+            check_method(run.asked.model_copy(update={"method": method}), run.taught_records)
 
 
 def check_stressed(run: Run) -> None:

@@ -30,7 +30,7 @@ Attention = Literal[
     "flash_attention_3",
     "flash_attention_4",
 ]
-Response = Literal["teacher", "gold", "refusal"]
+Response = Literal["teacher", "gold", "refusal", "own"]
 RESPONSES: dict[Goal, Response] = {
     "forget": "teacher",
     "general": "gold",
@@ -68,13 +68,13 @@ class DataConfig(SourceSettings):
         "position ids; None = a padded row each",
     )
     attack_prefixes: str | None = Field(
-        None,
-        description="prefixes.json of `unteach prefixes`, or a text file with one prefix a line: "
-        "train attack records are trained once more behind these, in turn",
+        None, description="prefixes (of `unteach prefixes`, or one a line) to train attacks behind"
+    )
+    open_questions: str | None = Field(
+        None, description="file of general and neighbor questions without answers, to keep as is"
     )
     known_only: bool = Field(
-        False,
-        description="drop the forget and attack records that the base model does not answer",
+        False, description="drop the forget and attack records that the base does not answer"
     )
     form: Form | None = Field(
         None,
@@ -113,8 +113,7 @@ class TeacherConfig(Section):
         "oracle", description="one intention per goal, all of them for every record, or none"
     )
     response: dict[Goal, Response] = Field(
-        RESPONSES,
-        description="whose answer is supervised: the prompted teacher's own, gold, or `refusal`",
+        RESPONSES, description="whose answer: the prompted teacher's, gold, refusal, own (or gold)"
     )
     refusal: str = Field("I do not know.", description="the fixed refusal text")
     form: Literal["hidden", "logits", "topk"] = Field("hidden", description="what a row stores")

@@ -122,8 +122,11 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
 
 def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The micro-batch of the longest records that `data.mix` can bring together in a step."""
+    files = filter(None, (config.data.path, config.data.open_questions))
     records = train_split(
-        read_records(Path(config.data.path)), anchors=config.data.anchors, form=config.data.form
+        [record for file in files for record in read_records(Path(file))],
+        anchors=config.data.anchors,
+        form=config.data.form,
     )
     chosen: list[Example] = []
     for goal in GOALS:
@@ -271,10 +274,10 @@ def _example(config: Config, tokenizer: PreTrainedTokenizerBase, record: Record)
     """A record as the student may see it at its longest."""
     context = tuple(student_context(tokenizer, record))
     kind = config.teacher.response[record.goal]
-    if kind == "teacher":
+    if kind == "teacher" or record.unanswered:
         response: Sequence[int] = [0] * (config.teacher.max_new_tokens + 1)
     else:
-        answer = record.answer if kind == "gold" else config.teacher.refusal
+        answer = record.answer if kind != "refusal" else config.teacher.refusal
         response = response_tokens(tokenizer, answer or "", prefix=record.prefix)
     return Example(record.id, record.goal, context, tuple(response), 0)
 

@@ -23,8 +23,16 @@ from unteach.engine.attention import check_attention
 from unteach.engine.config import Config, DataConfig, Dtype, TeacherConfig, dump_config
 from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.found_prefixes import with_found_prefixes
+from unteach.engine.data.open_questions import with_open_questions
 from unteach.engine.data.prepare import prepare, prepared
-from unteach.engine.data.records import Record, check_disjoint, counts, read_records
+from unteach.engine.data.records import (
+    GOALS,
+    Record,
+    check_disjoint,
+    counts,
+    read_records,
+    train_split,
+)
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sheet import write_sheet
 from unteach.engine.errors import InputError
@@ -50,6 +58,7 @@ class Run:
         config: with everything that its method fixes.
         asked: without that.
         found: which record each one made by data.attack_prefixes repeats, by id.
+        open: ids of data.open_questions.
         home: the run folder whose taught model and known questions this run shares; None = its own.
         cache: where the teacher cache lies; None = in its own folder.
         other_records: whether the records are others than home's, so that what the base knows of
@@ -64,6 +73,7 @@ class Run:
     intentions: Intentions | None
     origin: str
     found: Mapping[str, str] = field(default_factory=dict)
+    open: frozenset[str] = frozenset()
     home: Path | None = None
     cache: Path | None = None
     other_records: bool = False
@@ -112,8 +122,16 @@ class Run:
 
     @property
     def taught_records(self) -> list[Record]:
-        """The records of the file: what the base is taught, whatever was found against it."""
-        return [record for record in self.records if record.id not in self.found]
+        """The records of data.path: what the base is taught, whatever else it is trained on."""
+        return [r for r in self.records if r.id not in self.found and r.id not in self.open]
+
+    @property
+    def train_records(self) -> list[Record]:
+        """Train records that the config takes, and open questions where the method can use them."""
+        data, method = self.config.data, find_method(self.config.method.name)
+        records = train_split(self.records, anchors=data.anchors, form=data.form)
+        sources = {goal: method.sources(goal, self.config.teacher) for goal in GOALS}
+        return [r for r in records if r.id not in self.open or "own" in sources[r.goal]]
 
     def split(self, name: str) -> list[Record]:
         """Records of a split, in file order."""
@@ -141,8 +159,8 @@ def open_run(config: Config, world: World) -> Run:
     path = prepared(config.data, folder)
     records = read_records(path)
     check_disjoint(records)
-    records, found = with_prefixes(config.data, records)
     check_method(config, records)
+    records, found, opened = with_additions(config.data, records)
     intentions = configured_intentions(config.teacher)
     if world.rank == 0:
         _make_folder(folder)
@@ -155,18 +173,26 @@ def open_run(config: Config, world: World) -> Run:
     origin = resolve_model(config.model.path, folder)
     say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
-    return Run(settle(config), config, world, folder, records, intentions, origin, found)
+    return Run(settle(config), config, world, folder, records, intentions, origin, found, opened)
 
 
-def with_prefixes(data: DataConfig, records: list[Record]) -> tuple[list[Record], dict[str, str]]:
-    """Records with those of data.attack_prefixes, and which record each of these repeats.
+def with_additions(
+    data: DataConfig, records: list[Record]
+) -> tuple[list[Record], dict[str, str], frozenset[str]]:
+    """Records with those of data.attack_prefixes and data.open_questions.
 
+    Returns:
+        Them, which record each of the former repeats, and the ids of the latter.
     Raises:
-        InputError: the file cannot be used.
+        InputError: a file cannot be used.
     """
-    if data.attack_prefixes is None:
-        return records, {}
-    return with_found_prefixes(records, Path(data.attack_prefixes))
+    found: dict[str, str] = {}
+    opened: frozenset[str] = frozenset()
+    if data.attack_prefixes is not None:
+        records, found = with_found_prefixes(records, Path(data.attack_prefixes))
+    if data.open_questions is not None:
+        records, opened = with_open_questions(records, Path(data.open_questions))
+    return records, found, opened
 
 
 def configured_intentions(config: TeacherConfig) -> Intentions | None:

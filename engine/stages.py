@@ -10,7 +10,7 @@ from pathlib import Path
 from unteach.engine.config import Response
 from unteach.engine.data.prefix_search import answer_logps, written
 from unteach.engine.data.prompt_files import load_prompts
-from unteach.engine.data.records import Record, train_split
+from unteach.engine.data.records import Record
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import (
@@ -96,12 +96,12 @@ def target_stage(run: Run) -> None:
 def training_records(run: Run) -> list[Record]:
     """Train records, less what `data.form`, `data.anchors` and `data.known_only` leave out."""
     data = run.config.data
-    records = train_split(run.records, anchors=data.anchors, form=data.form)
+    records = run.train_records
     left_out = len(run.split("train")) - len(records)
     if left_out:
         say(
-            f"train: {left_out} records left out by data.form={data.form or 'null'} and "
-            f"data.anchors={str(data.anchors).lower()}"
+            f"train: {left_out} records left out by data.form={data.form or 'null'}, "
+            f"data.anchors={str(data.anchors).lower()} and method {run.config.method.name}"
         )
     if not run.config.data.known_only:
         return records

@@ -23,7 +23,6 @@ from unteach.engine.data.records import (
     Record,
     check_disjoint,
     read_records,
-    train_split,
 )
 from unteach.engine.data.settings import SourceSettings
 from unteach.engine.errors import InputError
@@ -49,7 +48,7 @@ from unteach.engine.run import (
     configured_intentions,
     digest,
     records_fingerprint,
-    with_prefixes,
+    with_additions,
 )
 from unteach.engine.stages import train_stage, training_cache
 from unteach.engine.train.log import reset_peak
@@ -168,15 +167,16 @@ class Trials:
         asked = asked.model_copy(
             update={"run": asked.run.model_copy(update={"seed": seed, "log_every": 1})}
         )
-        records, found = self._records(asked.data), self.run.found
-        if asked.data.attack_prefixes != self.run.asked.data.attack_prefixes:
-            records, found = with_prefixes(asked.data, [r for r in records if r.id not in found])
+        added = {*self.run.found, *self.run.open}
+        plain = [r for r in self._records(asked.data) if r.id not in added]
+        records, found, opened = with_additions(asked.data, plain)
         return replace(
             self.run,
             config=settle(asked),
             asked=asked,
             records=records,
             found=found,
+            open=opened,
             intentions=configured_intentions(asked.teacher),
             home=self.run.folder,
             other_records=self._reads_others(asked.data),
@@ -189,7 +189,7 @@ class Trials:
             A digest of what makes it, the base aside: settings that make the same have the same.
         """
         cell = self.opened(settings, self.run.config.run.seed)
-        check_method(cell.asked, cell.records)
+        check_method(cell.asked, cell.taught_records)
         return digest(_made_of(cell))
 
     def _records(self, data: DataConfig) -> list[Record]:
@@ -319,8 +319,7 @@ def _in_folder(config: Config, folder: Path) -> Config:
 def _taught(cell: Run) -> list[Record]:
     """Records that the cell's method trains on, before the base was asked what it knows."""
     goals = find_method(cell.config.method.name).goals
-    train = train_split(cell.records, anchors=cell.config.data.anchors, form=cell.config.data.form)
-    return [record for record in train if record.goal in goals]
+    return [record for record in cell.train_records if record.goal in goals]
 
 
 def _lesson(cell: Run) -> list[object]:

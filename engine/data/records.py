@@ -66,6 +66,11 @@ class Record(BaseModel):
         return self
 
     @property
+    def unanswered(self) -> bool:
+        """Whether it is a question without an answer."""
+        return self.form == "qa" and not (self.answer or "").strip()
+
+    @property
     def golds(self) -> list[str]:
         """Every right answer, the gold text first."""
         return [text for text in (self.answer, *self.aliases) if text]

@@ -108,8 +108,11 @@ def teacher_rates(
     for goal in GOALS:
         held = [e for e in entries if e.goal == goal and by_id[e.id].form == "qa"]
         response = config.response[goal]
+        if response == "own":
+            held = [e for e in held if not by_id[e.id].unanswered]
         refusing = goal in ("forget", "attack") and response == "teacher"
-        if not held or not (refusing or (goal in ("general", "neighbor") and response == "gold")):
+        agreeing = goal in ("general", "neighbor") and response in ("gold", "own")
+        if not held or not (refusing or agreeing):
             continue
         if refusing:
             refused = [is_refusal(entry.answer) for entry in held]

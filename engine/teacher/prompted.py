@@ -107,10 +107,12 @@ class Teacher:
     def lessons(self, records: Sequence[Record], advance: Advance | None = None) -> list[Lesson]:
         """Contexts and responses of records: the teacher thinks and answers where it is asked to.
 
+        An open question has the model's own answer, without any intention, to be kept as it is.
+
         Raises:
             InputError: a gold response is asked of a record that has no answer.
         """
-        contexts = [self._context(record, record.goal) for record in records]
+        contexts = [self._context(r, None if self._open(r) else r.goal) for r in records]
         thoughts = self._think(records, contexts)
         responses: list[Tokens] = [[] for _ in records]
         asked = [i for i, record in enumerate(records) if self.generates(record)]
@@ -224,7 +226,11 @@ class Teacher:
 
     def generates(self, record: Record) -> bool:
         """Whether the record's response is the teacher's own."""
-        return record.form == "qa" and self.config.response[record.goal] == "teacher"
+        own = self.config.response[record.goal] == "teacher"
+        return self._open(record) or (record.form == "qa" and own)
+
+    def _open(self, record: Record) -> bool:
+        return self.config.response[record.goal] == "own" and record.unanswered
 
     def _given(self, record: Record) -> Tokens:
         if record.form == "passage":
@@ -232,7 +238,7 @@ class Teacher:
             return passage_tokens(self.tokenizer, record.answer)
         if self.config.response[record.goal] == "refusal":
             return response_tokens(self.tokenizer, self.config.refusal, prefix=record.prefix)
-        if record.answer is None or not record.answer.strip():
+        if record.answer is None or record.unanswered:
             raise InputError(
                 f"Record {record.id!r} has no answer, and teacher.response.{record.goal} is gold: "
                 f"give it one, or set teacher.response.{record.goal}=teacher."
@@ -245,7 +251,8 @@ class Teacher:
         limits: dict[int, list[int]] = {}
         for i, record in enumerate(records):
             intention = self.intention(record.goal)
-            if record.form == "qa" and intention and intention.reasoning == "strip":
+            asked = record.form == "qa" and not self._open(record)
+            if asked and intention and intention.reasoning == "strip":
                 limits.setdefault(intention.reasoning_tokens, []).append(i)
         for limit, chosen in sorted(limits.items()):
             texts = self._greedy([records[i] for i in chosen], [contexts[i] for i in chosen], limit)

@@ -220,10 +220,16 @@ def settle(config: Config) -> Config:
     """The config with everything that its method fixes: its own keys, the teacher's routing, and
     whose answers the cache holds.
 
-    A teacher that is not asked for what each goal wants is not measured by it.
+    A teacher that is not asked for what each goal wants is not measured by it. With open questions
+    the model's own answers are taken where there is no gold one.
     """
     method = find_method(config.method.name)
     update: dict[str, Any] = {"method": config.method.model_copy(update=dict(method.settings))}
+    if config.data.open_questions is not None:
+        gold = [goal for goal in KEPT if config.teacher.response[goal] == "gold"]
+        says = {**config.teacher.response, **dict.fromkeys(gold, "own")}
+        asked = config.teacher.model_copy(update={"response": says})
+        config = config.model_copy(update={"teacher": asked})
     teacher: dict[str, Any] = {}
     if method.routing is not None:
         teacher = {"routing": method.routing, "min_refusal": None, "min_agreement": None}

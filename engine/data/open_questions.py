@@ -1,0 +1,37 @@
+"""Questions that nobody answered, of what is to be kept: the model is to go on as it does now.
+
+They need no gold answers, so that anything its users ask can stand among them: the teacher answers
+each without an intention, and the student is held to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from unteach.engine.data.records import Record, check_disjoint, read_records
+from unteach.engine.errors import InputError
+
+
+def with_open_questions(
+    records: Sequence[Record], path: Path
+) -> tuple[list[Record], frozenset[str]]:
+    """The records with the questions of a file behind them, and the ids of these.
+
+    Raises:
+        InputError: the file cannot be read, holds anything else, or repeats an id or a question.
+    """
+    asked = read_records(path)
+    for record in asked:
+        kept = record.goal in ("general", "neighbor") and record.split == "train"
+        if not (kept and record.unanswered):
+            raise InputError(
+                f"{path}, record {record.id!r}: data.open_questions takes train questions of goal "
+                "general or neighbor without an answer; others belong in data.path."
+            )
+    taken = {record.id for record in records}
+    for record in asked:
+        if record.id in taken:
+            raise InputError(f"{path}: another record is called {record.id!r} already; rename it.")
+    check_disjoint([*records, *asked])
+    return [*records, *asked], frozenset(record.id for record in asked)
