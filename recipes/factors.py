@@ -24,7 +24,7 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
     Args:
         blocks: decoder blocks of the model.
     """
-    method, optim = config.method, config.optim
+    method, optim, opened = config.method, config.optim, config.data.open_questions
     return {
         "k": {f"{k}": _top(config, k) for k in _with((1, 2, 4, 8, 16, 32, 64, 128), method.k)},
         "alpha": _numbers("method.alpha", (0, 0.25, 0.5, 1, 2), method.alpha),
@@ -52,6 +52,10 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
             "without prefix demos": ("teacher.prefix_demos=false", *UNMEASURED),
         },
         "anchors": {"with": ("data.anchors=true",), "without": ("data.anchors=false",)},
+        "open": {
+            "without": ("data.open_questions=null",),
+            **({"with": (f"data.open_questions={opened}",)} if opened else {}),
+        },
         "records": {
             "questions": ("data.form=qa",),
             "passages": ("data.form=passage",),

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unteach.engine.data.records import Record, check_disjoint, read_records
+from unteach.engine.data.records import Record, normalized, read_records
 from unteach.engine.errors import InputError
+from unteach.engine.progress import say
 
 
 def with_open_questions(
@@ -18,8 +19,10 @@ def with_open_questions(
 ) -> tuple[list[Record], frozenset[str]]:
     """The records with the questions of a file behind them, and the ids of these.
 
+    A question that a record asks already is left out: tests must not be trained on.
+
     Raises:
-        InputError: the file cannot be read, holds anything else, or repeats an id or a question.
+        InputError: the file cannot be read, holds anything else, or repeats an id.
     """
     asked = read_records(path)
     for record in asked:
@@ -33,5 +36,8 @@ def with_open_questions(
     for record in asked:
         if record.id in taken:
             raise InputError(f"{path}: another record is called {record.id!r} already; rename it.")
-    check_disjoint([*records, *asked])
-    return [*records, *asked], frozenset(record.id for record in asked)
+    known = {normalized(record.question) for record in records}
+    fresh = [record for record in asked if normalized(record.question) not in known]
+    if left_out := len(asked) - len(fresh):
+        say(f"open questions: {left_out} left out, because a record asks the same")
+    return [*records, *fresh], frozenset(record.id for record in fresh)

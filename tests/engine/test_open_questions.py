@@ -51,11 +51,16 @@ def test_anything_else_is_one_sentence(tmp_path: Path, update: dict[str, str], p
         with_open_questions([KNOWN], path)
 
 
-def test_a_test_question_is_refused(tmp_path: Path) -> None:
-    test = KNOWN.model_copy(update={"split": "test"})
+@pytest.mark.parametrize("split", ["train", "tune", "test"])
+def test_what_a_record_asks_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    known = KNOWN.model_copy(update={"split": split})
     asked = Record(id="o", goal="general", question="where is ROME")
-    with pytest.raises(InputError, match="asks the question of"):
-        with_open_questions([test], saved(tmp_path / "q.jsonl", asked))
+    path = saved(tmp_path / "q.jsonl", asked, *QUESTIONS)
+    records, opened = with_open_questions([known], path)
+    assert records == [known, *QUESTIONS] and "o" not in opened
+    assert "1 left out" in capsys.readouterr().out
 
 
 def opened(folder: Path, *settings: str) -> Run:

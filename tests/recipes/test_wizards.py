@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from unteach.engine.data.answers import contains_answer
+from unteach.engine.data.assemble import near_duplicates
+from unteach.engine.data.open_questions import with_open_questions
 from unteach.engine.data.records import GOALS, Record, check_disjoint, normalized, read_records
 from unteach.engine.evaluate.suites import check_tests
 from unteach.recipes.public_sets import SIZES, public_records
+from unteach.recipes.quickstart import quickstart
 from unteach.recipes.wizards import wizards
 
 CONFIG = wizards()
@@ -87,6 +90,20 @@ def test_passages_carry_the_trained_facts_and_no_other(records: list[Record], go
     for passage in passages:
         for fact in passage.meta["facts"]:
             assert contains_answer(passage.answer or "", asked[fact].golds), (passage.id, fact)
+
+
+def test_open_questions_ask_nothing_that_is_scored_or_forgotten(records: list[Record]) -> None:
+    assert CONFIG.data.open_questions is not None
+    opened = read_records(Path(CONFIG.data.open_questions))
+    asked = {
+        normalized(r.question) for r in [*records, *read_records(Path(quickstart().data.path))]
+    }
+    assert not asked & {normalized(r.question) for r in opened}
+    together, ids = with_open_questions(records, Path(CONFIG.data.open_questions))
+    assert len(ids) == len(opened) == 472
+    assert not near_duplicates(together)
+    topic = ("potter", "hogwarts", "hermione", "weasley", "dumbledore", "voldemort", "quidditch")
+    assert not [r.question for r in opened if any(word in r.question.lower() for word in topic)]
 
 
 def test_public_sets_become_records_of_every_goal(tmp_path: Path) -> None:
