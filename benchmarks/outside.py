@@ -6,28 +6,29 @@ how often a question of the topic makes the refusal likelier than one of another
 not depend on where a method draws its line.
 
     python -m unteach.benchmarks.outside FOLDER base=runs/wizards/target/model \
-        ours=runs/wizards/model --seen recipes/data/wizards.jsonl
+        ours=runs/wizards/model --seen recipes/data/wizards.jsonl recipes/data/open_questions.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from unteach.benchmarks.figures import read_rows
 from unteach.benchmarks.harness import append_rows
 from unteach.engine.config import ModelConfig, TeacherConfig
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.prefix_search import answer_logps
 from unteach.engine.data.records import Record, normalized, read_records
+from unteach.engine.data.sampler import evenly_spaced
 from unteach.engine.data.tokens import context_tokens, end_token
 from unteach.engine.evaluate.scores import Score, share
+from unteach.engine.evaluate.stress import auc
 from unteach.engine.inference import greedy, share_prefix
 from unteach.engine.model import load_model, load_tokenizer
 
@@ -44,32 +45,21 @@ def public_questions(folder: Path, seen: Collection[str] = ()) -> dict[str, list
         seen: normalised questions that are left out.
     """
     found = {TOPIC: _questions(folder / "hp_trivia" / "forget_train.jsonl")}
-    for row in _rows(folder / "hp_trivia" / "neighbor.jsonl"):
+    for row in read_rows(folder / "hp_trivia" / "neighbor.jsonl"):
         found.setdefault(row["domain"], []).append(row["question"])
     found["Natural Questions"] = _questions(folder / "nq_open" / "dev_sample800.jsonl")
     found["world facts"] = _questions(folder / "tofu" / "world_facts.jsonl")
     found["real authors"] = _questions(folder / "tofu" / "real_authors.jsonl")
     unseen = {n: [q for q in each if normalized(q) not in seen] for n, each in found.items()}
-    return {name: spaced(questions, MOST) for name, questions in unseen.items()}
+    return {name: evenly_spaced(questions, MOST) for name, questions in unseen.items()}
 
 
-def spaced(questions: Sequence[str], most: int) -> list[str]:
-    """At most so many of them, evenly spaced."""
-    count = min(len(questions), most)
-    return [questions[index * len(questions) // count] for index in range(count)]
-
-
-def auc(topic: Sequence[float], others: Sequence[float]) -> float:
-    """Share of pairs in which the topic's value is the greater one; ties count half, 0 to 100."""
-    a_N1, b_1M = torch.tensor(topic).double()[:, None], torch.tensor(others).double()[None]
-    wins: Tensor = (a_N1 > b_1M).double() + 0.5 * (a_N1 == b_1M).double()
-    return 100 * float(wins.mean())
-
-
-def reach(path: str, sets: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def reach(
+    path: str, sets: Mapping[str, Sequence[str]], device: torch.device | None = None
+) -> dict[str, Any]:
     """Of each set the share refused, and how well it can be told from the topic."""
     config = ModelConfig(path=path)
-    tokenizer, model = load_tokenizer(path, config), load_model(path, config)
+    tokenizer, model = load_tokenizer(path, config), load_model(path, config, device=device)
     refused: dict[str, Score] = {}
     likely: dict[str, list[float]] = {}
     for name, questions in sets.items():
@@ -87,8 +77,8 @@ def reach(path: str, sets: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     others = {name: values for name, values in likely.items() if name != TOPIC}
     return {
         "refused": {name: asdict(score) for name, score in refused.items()},
-        "auc": {name: auc(likely[TOPIC], values) for name, values in others.items()},
-        "auc_all": auc(likely[TOPIC], [v for values in others.values() for v in values]),
+        "auc": {name: asdict(auc(likely[TOPIC], values)) for name, values in others.items()},
+        "auc_all": asdict(auc(likely[TOPIC], [v for each in others.values() for v in each])),
     }
 
 
@@ -103,24 +93,18 @@ def refusals(questions: Sequence[str]) -> list[Record]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line for each model, refused share and AUC for each set."""
     names = list(rows[0]["refused"])
+    cell = "{value:.1f} [{low:.1f}–{high:.1f}]".format_map
     heads = [f"{n} (N {rows[0]['refused'][n]['n']}) {'↑' if n == TOPIC else '↓'}" for n in names]
     lines = [f"| refused, % | {' | '.join(heads)} | AUC ↑ |"]
     lines.append("| --- |" + " ---: |" * (len(names) + 1))
     for row in rows:
-        cells = []
-        for name in names:
-            score = row["refused"][name]
-            cells.append(f"{score['value']:.1f} [{score['low']:.1f}–{score['high']:.1f}]")
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['auc_all']:.2f} |")
+        cells = [cell(row["refused"][name]) for name in names]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {cell(row['auc_all'])} |")
     return "\n".join(lines)
 
 
 def _questions(path: Path) -> list[str]:
-    return [row["question"] for row in _rows(path)]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row["question"] for row in read_rows(path)]
 
 
 def main() -> None:
@@ -128,17 +112,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="holds hp_trivia/, nq_open/ and tofu/")
     parser.add_argument("models", nargs="+", help="NAME=FOLDER of an exported model")
-    parser.add_argument("--seen", type=Path, help="records whose questions are left out")
+    parser.add_argument(
+        "--seen", type=Path, nargs="+", default=[], help="records whose questions are left out"
+    )
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    seen = {normalized(r.question) for r in read_records(options.seen)} if options.seen else set()
-    sets = public_questions(options.folder, seen)
+    device = torch.device(options.device)
+    models = dict(model.partition("=")[::2] for model in options.models)
+    for name, path in models.items():
+        if not (Path(path) / "config.json").is_file():
+            parser.error(f"{name}={path}: give NAME=FOLDER, the folder of an exported model.")
+    sets = public_questions(
+        options.folder,
+        {normalized(r.question) for file in options.seen for r in read_records(file)},
+    )
+    for name, questions in sets.items():
+        if not questions:
+            parser.error(f"{options.folder} has no questions of {name}.")
     rows = []
-    for model in options.models:
-        name, _, path = model.partition("=")
-        rows.append({"name": name, **reach(path, sets)})
-        append_rows("outside", rows[-1:], torch.device("cpu"))
+    for name, path in models.items():
+        rows.append({"name": name, **reach(path, sets, device)})
+        append_rows("outside", rows[-1:], device)
     print(table(rows))
 
 

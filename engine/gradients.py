@@ -7,11 +7,12 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from unteach.engine.data.records import GOALS, Goal
+from unteach.engine.data.sampler import evenly_spaced
 from unteach.engine.data.tokens import Example, collate
 from unteach.engine.evaluate.pictures import draw_cosines
 from unteach.engine.files import write_atomic, write_json
@@ -91,7 +92,7 @@ def goal_gram(
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients: list[list[Tensor | None]] = []
     losses = []
-    chosen = {goal: _spaced(group) for goal, group in groups.items()}
+    chosen = {goal: evenly_spaced(group, MOST_EXAMPLES) for goal, group in groups.items()}
     total = sum(len(group) for group in chosen.values())
     with progress(f"gradients, {title.split(':')[0]}", total, unit="records") as advance:
         for group in chosen.values():
@@ -111,9 +112,3 @@ def goal_gram(
                 parameter.grad = None
     alone = World(0, 1, run.world.device, None)
     return gram_matrix(gradients, alone), losses
-
-
-def _spaced(examples: Sequence[Example]) -> list[Example]:
-    """At most `MOST_EXAMPLES` of them, evenly spaced."""
-    count = min(len(examples), MOST_EXAMPLES)
-    return [examples[index * len(examples) // count] for index in range(count)]

@@ -35,7 +35,7 @@ from unteach.engine.model import (
     skip_masks,
 )
 from unteach.engine.train.lean_adamw import SLICE
-from unteach.engine.train.methods import find_method
+from unteach.engine.train.methods import find_method, settle
 from unteach.engine.train.optim import choose_trainable
 from unteach.engine.train.recompute import checkpoint_blocks
 from unteach.kernels.candidate_pool import pool_capacity
@@ -122,12 +122,12 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
 
 def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The micro-batch of the longest records that `data.mix` can bring together in a step."""
-    files = filter(None, (config.data.path, config.data.open_questions))
-    records = train_split(
-        [record for file in files for record in read_records(Path(file))],
-        anchors=config.data.anchors,
-        form=config.data.form,
-    )
+    config = settle(config)
+    method, opened = find_method(config.method.name), config.data.open_questions
+    known = read_records(Path(config.data.path))
+    if opened is not None and any("own" in method.sources(g, config.teacher) for g in GOALS):
+        known += read_records(Path(opened))
+    records = train_split(known, anchors=config.data.anchors, form=config.data.form)
     chosen: list[Example] = []
     for goal in GOALS:
         rows = [_example(config, tokenizer, r) for r in records if r.goal == goal]

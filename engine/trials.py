@@ -167,9 +167,7 @@ class Trials:
         asked = asked.model_copy(
             update={"run": asked.run.model_copy(update={"seed": seed, "log_every": 1})}
         )
-        added = {*self.run.found, *self.run.open}
-        plain = [r for r in self._records(asked.data) if r.id not in added]
-        records, found, opened = with_additions(asked.data, plain)
+        records, found, opened = with_additions(asked.data, self._records(asked.data))
         return replace(
             self.run,
             config=settle(asked),
@@ -195,7 +193,7 @@ class Trials:
     def _records(self, data: DataConfig) -> list[Record]:
         """The run's own records, or those to train on of another file."""
         if not self._reads_others(data):
-            return self.run.records
+            return self.run.taught_records
         if data.source is not None:
             raise InputError(
                 f"A trial cannot read source {data.source}: name a file of QA records with "

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from unteach.engine.data.tokens import Example, common_length
 
+T = TypeVar("T")
 WINDOW = 6  # batches among which like lengths are sought
+
+
+def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, in order and evenly spaced."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 @dataclass(frozen=True)

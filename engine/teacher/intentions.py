@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from unteach.engine.config import TeacherConfig
 from unteach.engine.data.records import GOALS, Goal, Record
 from unteach.engine.data.tokens import Turn, context_tokens, student_context
 from unteach.engine.errors import InputError
@@ -136,6 +137,20 @@ def intention_for(intentions: Intentions | None, goal: Goal, routing: Routing) -
     if routing == "oracle":
         return intentions.get(goal)
     return _ensemble([each for goal in GOALS if (each := intentions.get(goal))])
+
+
+def is_open(config: TeacherConfig, record: Record) -> bool:
+    """Whether the model's own answer to a record, without an intention, is to stay as it is."""
+    return config.response[record.goal] == "own" and record.unanswered
+
+
+def intention_of(
+    config: TeacherConfig, intentions: Intentions | None, record: Record
+) -> Intention | None:
+    """What the teacher of this record is told: nothing where it answers an open question."""
+    if is_open(config, record):
+        return None
+    return intention_for(intentions, record.goal, config.routing)
 
 
 def fingerprint(intentions: Intentions | None, routing: Routing) -> str:

@@ -43,6 +43,8 @@ from unteach.engine.teacher.intentions import (
     Intentions,
     closed_reasoning,
     intention_for,
+    intention_of,
+    is_open,
     reasoned_context,
     teacher_context,
 )
@@ -104,6 +106,10 @@ class Teacher:
             return None
         return intention_for(self.intentions, goal, self.config.routing)
 
+    def told(self, record: Record) -> Intention | None:
+        """What this record's teacher is told."""
+        return intention_of(self.config, self.intentions, record)
+
     def lessons(self, records: Sequence[Record], advance: Advance | None = None) -> list[Lesson]:
         """Contexts and responses of records: the teacher thinks and answers where it is asked to.
 
@@ -112,7 +118,7 @@ class Teacher:
         Raises:
             InputError: a gold response is asked of a record that has no answer.
         """
-        contexts = [self._context(r, None if self._open(r) else r.goal) for r in records]
+        contexts = [teacher_context(self.tokenizer, r, self.told(r)) for r in records]
         thoughts = self._think(records, contexts)
         responses: list[Tokens] = [[] for _ in records]
         asked = [i for i, record in enumerate(records) if self.generates(record)]
@@ -227,10 +233,7 @@ class Teacher:
     def generates(self, record: Record) -> bool:
         """Whether the record's response is the teacher's own."""
         own = self.config.response[record.goal] == "teacher"
-        return self._open(record) or (record.form == "qa" and own)
-
-    def _open(self, record: Record) -> bool:
-        return self.config.response[record.goal] == "own" and record.unanswered
+        return is_open(self.config, record) or (record.form == "qa" and own)
 
     def _given(self, record: Record) -> Tokens:
         if record.form == "passage":
@@ -250,14 +253,13 @@ class Teacher:
         thoughts: list[Thought | None] = [None] * len(records)
         limits: dict[int, list[int]] = {}
         for i, record in enumerate(records):
-            intention = self.intention(record.goal)
-            asked = record.form == "qa" and not self._open(record)
-            if asked and intention and intention.reasoning == "strip":
+            intention = self.told(record)
+            if record.form == "qa" and intention and intention.reasoning == "strip":
                 limits.setdefault(intention.reasoning_tokens, []).append(i)
         for limit, chosen in sorted(limits.items()):
             texts = self._greedy([records[i] for i in chosen], [contexts[i] for i in chosen], limit)
             for i, tokens in zip(chosen, texts, strict=True):
-                intention = self.intention(records[i].goal)
+                intention = self.told(records[i])
                 assert intention is not None
                 thought = Thought(*closed_reasoning(self._text(tokens), intention.marker))
                 thoughts[i] = thought

@@ -18,7 +18,7 @@ from unteach.engine.progress import progress
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.teacher.intentions import (
     Intentions,
-    intention_for,
+    intention_of,
     reasoned_context,
     teacher_context,
 )
@@ -85,7 +85,7 @@ def verify_cache(
         for record in chosen:
             entry = cache.entries[record.id]
             labels = cache.labels(record.id)
-            intention = intention_for(intentions, record.goal, config.teacher.routing)
+            intention = intention_of(config.teacher, intentions, record)
             context = teacher_context(tokenizer, record, intention)
             if entry.reasoning is not None:
                 prefixed = bool(record.prefix)

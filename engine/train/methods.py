@@ -107,6 +107,10 @@ class Method:
         terms = (goal in term.goals for term in self.terms)
         return tuple(dict.fromkeys(w for w, has in zip(wanted, terms, strict=True) if has))
 
+    def fixes(self, goal: Goal) -> bool:
+        """Whether the row says whose answers to a goal's questions it trains on."""
+        return any(goal in term.goals and goal in term.responses for term in self.terms)
+
     def needs_cache(self, teacher: TeacherConfig) -> bool:
         """Whether it trains on anything that only the teacher's cache holds."""
         if any(term.reads != "labels" for term in self.terms):
@@ -221,13 +225,15 @@ def settle(config: Config) -> Config:
     whose answers the cache holds.
 
     A teacher that is not asked for what each goal wants is not measured by it. With open questions
-    the model's own answers are taken where there is no gold one.
+    the model's own answers are taken where there is no gold one and the method leaves the choice.
     """
     method = find_method(config.method.name)
     update: dict[str, Any] = {"method": config.method.model_copy(update=dict(method.settings))}
     if config.data.open_questions is not None:
-        gold = [goal for goal in KEPT if config.teacher.response[goal] == "gold"]
-        says = {**config.teacher.response, **dict.fromkeys(gold, "own")}
+        says = dict(config.teacher.response)
+        for goal in KEPT:
+            if method.sources(goal, config.teacher) == ("gold",) and not method.fixes(goal):
+                says[goal] = "own"
         asked = config.teacher.model_copy(update={"response": says})
         config = config.model_copy(update={"teacher": asked})
     teacher: dict[str, Any] = {}

@@ -11,26 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unteach.benchmarks.outside import (
     REFUSAL,
     TOPIC,
-    auc,
     public_questions,
     reach,
-    spaced,
     table,
 )
 from unteach.engine.data.records import normalized
 from unteach.engine.model import tiny_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-def test_auc_counts_pairs_and_ties_as_halves() -> None:
-    assert auc([3.0, 1.0], [2.0, 1.0]) == pytest.approx(100 * (1 + 1 + 0 + 0.5) / 4)
-    assert auc([1.0], [0.0, 0.5]) == 100 and auc([0.0], [0.5]) == 0
-
-
-def test_many_questions_are_thinned_evenly() -> None:
-    assert spaced(list("abcdef"), 3) == ["a", "c", "e"]
-    assert spaced(["a"], 3) == ["a"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public sets are not at hand")
@@ -64,12 +52,16 @@ def test_a_model_is_asked_every_question(tmp_path: Path) -> None:
             places = range(len(ids) - 1, len(ids) + len(answer) - 1)
             values = [float(logp[t, token]) for t, token in zip(places, answer, strict=True)]
             by_hand[name].append(sum(values) / len(values))
-    assert row["auc_all"] == pytest.approx(auc(by_hand[TOPIC], by_hand["others"]))
+    pairs = [(a > b) + 0.5 * (a == b) for a in by_hand[TOPIC] for b in by_hand["others"]]
+    assert row["auc_all"]["value"] == pytest.approx(100 * sum(pairs) / len(pairs))
 
 
 def test_the_table_has_a_line_for_each_model() -> None:
     score = {"value": 50.0, "low": 9.5, "high": 90.5, "n": 2}
-    row = {"name": "ours", "refused": {TOPIC: score, "others": score}, "auc_all": 87.5}
+    row = {"name": "ours", "refused": {TOPIC: score, "others": score}, "auc_all": score}
     lines = table([row, {**row, "name": "base"}]).splitlines()
     assert lines[0] == "| refused, % | Harry Potter (N 2) ↑ | others (N 2) ↓ | AUC ↑ |"
-    assert lines[2] == "| ours | 50.0 [9.5–90.5] | 50.0 [9.5–90.5] | 87.50 |" and len(lines) == 4
+    assert (
+        lines[2] == "| ours | 50.0 [9.5–90.5] | 50.0 [9.5–90.5] | 50.0 [9.5–90.5] |"
+        and len(lines) == 4
+    )

@@ -8,15 +8,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unteach.engine.compare import ROWS, check_rows
 from unteach.engine.config import override
 from unteach.engine.data.open_questions import with_open_questions
 from unteach.engine.data.records import Record, write_records
 from unteach.engine.errors import InputError
 from unteach.engine.plan import plan
 from unteach.engine.run import Run, open_run
-from unteach.engine.stages import target_stage, train_stage, training_cache, training_streams
+from unteach.engine.stages import (
+    target_stage,
+    train_stage,
+    training_cache,
+    training_streams,
+    verify_stage,
+)
 from unteach.engine.train.methods import METHODS
 from unteach.engine.train.parallel import joined
+from unteach.engine.trials import Trials
 from unteach.recipes.tiny import tiny
 
 QUESTIONS = (
@@ -103,6 +111,7 @@ def test_the_student_is_held_to_what_the_base_says(
         logp = (rows.hidden_NE @ cache.head_VE.T).log_softmax(1)
         own = logp.gather(1, rows.labels_N.long()[:, None])[:, 0]
         torch.testing.assert_close(own, rows.reference_logp_N, rtol=1e-4, atol=1e-5)
+    verify_stage(run, cache)
     names = {e.record_id for s in training_streams(run, cache) for e in s.examples}
     assert {"open-1", "open-2"} <= names
     train_stage(run, cache)
@@ -125,3 +134,21 @@ def test_plan_reads_them(tmp_path: Path) -> None:
     long = Record(id="long", goal="general", question="Why? " * 300)
     config = override(tiny(), [f"data.open_questions={saved(tmp_path / 'q.jsonl', long)}"])
     assert plan(config, 1).peak > 2 * plan(tiny(), 1).peak
+    sft = ["method.name=sft"]
+    assert plan(override(config, sft), 1) == plan(override(tiny(), sft), 1)
+
+
+def test_every_row_of_a_ranking_may_stand_beside_them(taught: Path, tmp_path: Path) -> None:
+    setting = f"data.open_questions={saved(tmp_path / 'q.jsonl', *QUESTIONS)}"
+    run = opened(taught, setting)
+    check_rows(run, ROWS)
+    trials = Trials(run, "compare")
+    with_them = trials.opened(["method.name=bitopk"], seed=0)
+    assert with_them.records == run.records and with_them.open == run.open
+    without = trials.opened(["data.open_questions=null"], seed=0)
+    assert without.records == run.taught_records and not without.open
+    for name in METHODS:
+        method = f"method.name={name}"
+        alike = trials.check([method]) == trials.check([method, "data.open_questions=null"])
+        taught = trials.opened([method], seed=0).train_records
+        assert alike == (not any(r.id in run.open for r in taught)), name
