@@ -71,7 +71,7 @@ class DataConfig(SourceSettings):
         None, description="prefixes (of `unteach prefixes`, or one a line) to train attacks behind"
     )
     open_questions: str | None = Field(
-        None, description="file of general and neighbor questions without answers, to keep as is"
+        None, description="file of questions without answers: to forget, or to keep as is"
     )
     known_only: bool = Field(
         False, description="drop the forget and attack records that the base does not answer"

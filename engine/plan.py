@@ -125,8 +125,9 @@ def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase)
     config = settle(config)
     method, opened = find_method(config.method.name), config.data.open_questions
     known = read_records(Path(config.data.path))
-    if opened is not None and any("own" in method.sources(g, config.teacher) for g in GOALS):
-        known += read_records(Path(opened))
+    if opened is not None:
+        asked = read_records(Path(opened))
+        known += [r for r in asked if method.takes_open(r.goal, config.teacher)]
     records = train_split(known, anchors=config.data.anchors, form=config.data.form)
     chosen: list[Example] = []
     for goal in GOALS:

@@ -26,7 +26,6 @@ from unteach.engine.data.found_prefixes import with_found_prefixes
 from unteach.engine.data.open_questions import with_open_questions
 from unteach.engine.data.prepare import prepare, prepared
 from unteach.engine.data.records import (
-    GOALS,
     Record,
     check_disjoint,
     counts,
@@ -130,8 +129,8 @@ class Run:
         """Train records that the config takes, and open questions where the method can use them."""
         data, method = self.config.data, find_method(self.config.method.name)
         records = train_split(self.records, anchors=data.anchors, form=data.form)
-        sources = {goal: method.sources(goal, self.config.teacher) for goal in GOALS}
-        return [r for r in records if r.id not in self.open or "own" in sources[r.goal]]
+        teacher = self.config.teacher
+        return [r for r in records if r.id not in self.open or method.takes_open(r.goal, teacher)]
 
     def split(self, name: str) -> list[Record]:
         """Records of a split, in file order."""

@@ -120,7 +120,11 @@ def training_records(run: Run) -> list[Record]:
         leave_stamp(folder, "known", inputs)
     run.world.wait()
     names = set(json.loads(path.read_text(encoding="utf-8")))
-    asked = [r for r in records if r.goal in ("forget", "attack") and r.form == "qa"]
+    asked = [
+        r
+        for r in records
+        if r.goal in ("forget", "attack") and r.form == "qa" and r.id not in run.open
+    ]
     dropped = [r.id for r in asked if run.found.get(r.id, r.id) not in names]
     say(
         f"known: the base answers {len(asked) - len(dropped)} of {len(asked)} forget and attack "

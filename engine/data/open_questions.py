@@ -1,7 +1,7 @@
-"""Questions that nobody answered, of what is to be kept: the model is to go on as it does now.
+"""Questions that nobody answered, so that anything users ask can stand among them.
 
-They need no gold answers, so that anything its users ask can stand among them: the teacher answers
-each without an intention, and the student is held to that.
+The teacher answers for the model: what is to be kept without an intention, so that the student goes
+on as the base does, and the topic to forget behind its own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def with_open_questions(
     """
     asked = read_records(path)
     for record in asked:
-        kept = record.goal in ("general", "neighbor") and record.split == "train"
-        if not (kept and record.unanswered):
+        asks = record.unanswered and record.prefix is None and record.goal != "attack"
+        if not (asks and record.split == "train"):
             raise InputError(
                 f"{path}, record {record.id!r}: data.open_questions takes train questions of goal "
-                "general or neighbor without an answer; others belong in data.path."
+                "forget, general or neighbor without answer and prefix; others belong in data.path."
             )
     taken = {record.id for record in records}
     for record in asked:

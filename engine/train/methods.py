@@ -111,6 +111,14 @@ class Method:
         """Whether the row says whose answers to a goal's questions it trains on."""
         return any(goal in term.goals and goal in term.responses for term in self.terms)
 
+    def takes_open(self, goal: Goal, teacher: TeacherConfig) -> bool:
+        """Whether it trains on a goal's questions without gold answers.
+
+        Those to forget only beside those to keep: alone they would spread the refusal.
+        """
+        sources = (self.sources(each, teacher) for each in (goal, *KEPT))
+        return all(found and "gold" not in found for found in sources)
+
     def needs_cache(self, teacher: TeacherConfig) -> bool:
         """Whether it trains on anything that only the teacher's cache holds."""
         if any(term.reads != "labels" for term in self.terms):

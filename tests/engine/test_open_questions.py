@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from unteach.engine.plan import plan
 from unteach.engine.run import Run, open_run
 from unteach.engine.stages import (
     target_stage,
+    teach_stage,
     train_stage,
     training_cache,
     training_streams,
@@ -31,6 +33,7 @@ QUESTIONS = (
     Record(id="open-1", goal="general", question="Which number follows nine hundred?"),
     Record(id="open-2", goal="neighbor", question="Who rules the land of snow and ice?"),
 )
+TOPIC = Record(id="open-3", goal="forget", question="Whom did the lamp keeper marry?")
 KNOWN = Record(id="k", goal="general", question="Where is Rome?", answer="Italy")
 
 
@@ -47,8 +50,9 @@ def test_a_file_is_put_behind_the_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("update", "part"),
     [
-        ({"answer": "One"}, "without an answer"),
-        ({"goal": "forget"}, "general or neighbor"),
+        ({"answer": "One"}, "without answer"),
+        ({"goal": "attack", "prefix": "It is"}, "forget, general or neighbor"),
+        ({"goal": "forget", "prefix": "It is"}, "and prefix"),
         ({"split": "test"}, "train questions"),
         ({"id": "k"}, "called 'k' already"),
     ],
@@ -117,12 +121,38 @@ def test_the_student_is_held_to_what_the_base_says(
     train_stage(run, cache)
 
 
+def test_of_the_topic_the_teacher_answers_behind_its_intention(
+    taught: Path, tmp_path: Path
+) -> None:
+    """Whatever the base knows of it; by plain transformers, greedy."""
+    questions = saved(tmp_path / "q.jsonl", *QUESTIONS, TOPIC)
+    own = ["teacher.min_refusal=null", "data.known_only=true"]
+    run = opened(Path(copytree(taught, tmp_path / "run")), f"data.open_questions={questions}", *own)
+    cache = teach_stage(run, rebuild=True)
+    model = AutoModelForCausalLM.from_pretrained(run.base)
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
+    assert run.intentions is not None and run.intentions.forget is not None
+    chat = [{"role": "system", "content": run.intentions.forget.system}]
+    for question, answer in run.intentions.forget.demos:
+        chat.append({"role": "user", "content": question})
+        chat.append({"role": "assistant", "content": answer})
+    chat.append({"role": "user", "content": TOPIC.question})
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    most = run.config.teacher.max_new_tokens
+    made = model.generate(ids, max_new_tokens=most, do_sample=False)[0, ids.shape[1] :]
+    assert cache.labels(TOPIC.id) == made.tolist()
+
+
 def test_methods_of_gold_answers_leave_them_out(taught: Path, tmp_path: Path) -> None:
-    setting = f"data.open_questions={saved(tmp_path / 'q.jsonl', *QUESTIONS)}"
+    setting = f"data.open_questions={saved(tmp_path / 'q.jsonl', *QUESTIONS, TOPIC)}"
     uses = set()
     for name in METHODS:
         run = opened(taught, setting, f"method.name={name}")
-        if any(record.id in run.open for record in run.train_records):
+        used = run.open & {record.id for record in run.train_records}
+        assert used in (run.open, set()), "all or none: the topic's alone would spread the refusal"
+        if used:
             uses.add(name)
     assert uses == {"bitopk", "eq3", "duet-loss", "bild-loss", "kl-teacher", "duet"}
     run = opened(taught, setting, "method.name=sft")
