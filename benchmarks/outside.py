@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from unteach.benchmarks.figures import read_rows
-from unteach.benchmarks.harness import append_rows
+from unteach.benchmarks.harness import RESULTS, append_rows
 from unteach.engine.config import ModelConfig, TeacherConfig
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.prefix_search import answer_logps
@@ -103,18 +105,54 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A line for each model: how much of each set it refuses, the topic furthest right at best."""
+    rows = list({row["name"]: row for row in rows}.values())
+    names = [name for name in rows[0]["refused"] if name != TOPIC]
+    figure = Figure(figsize=(9, 1.8 + 0.42 * len(rows)), dpi=150, layout="constrained")
+    axes: Any = figure.subplots()
+    places = range(len(rows), 0, -1)
+    for name, marker in zip([*names, TOPIC], "s^vDPX<>"[: len(names)] + "o", strict=True):
+        values = [row["refused"][name]["value"] for row in rows]
+        topic = name == TOPIC
+        style: dict[str, Any] = {"color": "#0072B2"} if topic else {"facecolor": "none"}
+        if not topic:
+            style["edgecolor"] = "#D55E00" if name == "Natural Questions" else "#555555"
+        axes.scatter(
+            values,
+            places,
+            marker=marker,
+            s=70 if topic else 40,
+            label=name.replace("_", " "),
+            **style,
+        )
+    labels = [f"{row['name']}   AUC {_value(row['auc_all']):.1f}" for row in rows]
+    axes.set_yticks(list(places), labels)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("refused, % (the topic should be, the others should not)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.01), ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _value(score: Mapping[str, float] | float) -> float:
+    """A score's value; rows of before its interval was measured hold the value alone."""
+    return score if isinstance(score, float) else score["value"]
+
+
 def _questions(path: Path) -> list[str]:
     return [row["question"] for row in read_rows(path)]
 
 
 def main() -> None:
-    """Ask every model every question; print the table and append the rows."""
+    """Ask every model every question; print the table, append the rows and draw them all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="holds hp_trivia/, nq_open/ and tofu/")
     parser.add_argument("models", nargs="+", help="NAME=FOLDER of an exported model")
     parser.add_argument(
         "--seen", type=Path, nargs="+", default=[], help="records whose questions are left out"
     )
+    parser.add_argument("--rows", type=Path, default=RESULTS / "outside.jsonl", help="added to")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -134,8 +172,11 @@ def main() -> None:
     rows = []
     for name, path in models.items():
         rows.append({"name": name, **reach(path, sets, device)})
-        append_rows("outside", rows[-1:], device)
+        append_rows(options.rows.stem, rows[-1:], device, options.rows.parent)
     print(table(rows))
+    image = options.rows.with_suffix(".png")
+    FigureCanvasAgg(picture(read_rows(options.rows))).print_png(image, metadata={"Software": None})
+    print(f"rows: {options.rows}, picture: {image}")
 
 
 if __name__ == "__main__":

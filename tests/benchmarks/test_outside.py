@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unteach.benchmarks.outside import (
     REFUSAL,
     TOPIC,
+    picture,
     public_questions,
     reach,
     table,
@@ -65,3 +66,12 @@ def test_the_table_has_a_line_for_each_model() -> None:
         lines[2] == "| ours | 50.0 [9.5–90.5] | 50.0 [9.5–90.5] | 50.0 [9.5–90.5] |"
         and len(lines) == 4
     )
+
+
+def test_the_picture_has_a_line_for_each_model() -> None:
+    """The last row of a name; older rows hold the AUC without its interval."""
+    score = {"value": 50.0, "low": 9.5, "high": 90.5, "n": 2}
+    row = {"name": "ours", "refused": {TOPIC: score, "others": score}, "auc_all": score}
+    (axes,) = picture([{**row, "auc_all": 1.0}, {**row, "name": "base", "auc_all": 45.0}, row]).axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["ours   AUC 50.0", "base   AUC 45.0"]
+    assert {tuple(p.get_offsets()[0]) for p in axes.collections} == {(50.0, 2.0)}
