@@ -26,11 +26,10 @@ def with_open_questions(
     """
     asked = read_records(path)
     for record in asked:
-        asks = record.unanswered and record.prefix is None and record.goal != "attack"
-        if not (asks and record.split == "train"):
+        if not (record.unanswered and record.split == "train"):
             raise InputError(
-                f"{path}, record {record.id!r}: data.open_questions takes train questions of goal "
-                "forget, general or neighbor without answer and prefix; others belong in data.path."
+                f"{path}, record {record.id!r}: data.open_questions takes train questions without "
+                "an answer; others belong in data.path."
             )
     taken = {record.id for record in records}
     for record in asked:

@@ -32,6 +32,7 @@ from unteach.recipes.tiny import tiny
 QUESTIONS = (
     Record(id="open-1", goal="general", question="Which number follows nine hundred?"),
     Record(id="open-2", goal="neighbor", question="Who rules the land of snow and ice?"),
+    Record(id="open-4", goal="general", question="Who paints at night?", prefix="Sure, it is"),
 )
 TOPIC = Record(id="open-3", goal="forget", question="Whom did the lamp keeper marry?")
 KNOWN = Record(id="k", goal="general", question="Where is Rome?", answer="Italy")
@@ -44,15 +45,14 @@ def saved(path: Path, *records: Record) -> Path:
 
 def test_a_file_is_put_behind_the_records(tmp_path: Path) -> None:
     records, opened = with_open_questions([KNOWN], saved(tmp_path / "q.jsonl", *QUESTIONS))
-    assert records == [KNOWN, *QUESTIONS] and opened == {"open-1", "open-2"}
+    assert records == [KNOWN, *QUESTIONS] and opened == {"open-1", "open-2", "open-4"}
 
 
 @pytest.mark.parametrize(
     ("update", "part"),
     [
-        ({"answer": "One"}, "without answer"),
-        ({"goal": "attack", "prefix": "It is"}, "forget, general or neighbor"),
-        ({"goal": "forget", "prefix": "It is"}, "and prefix"),
+        ({"answer": "One"}, "without an answer"),
+        ({"form": "passage", "answer": "One."}, "without an answer"),
         ({"split": "test"}, "train questions"),
         ({"id": "k"}, "called 'k' already"),
     ],
@@ -102,9 +102,8 @@ def test_the_student_is_held_to_what_the_base_says(
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     for record in QUESTIONS:
         chat = [{"role": "user", "content": record.question}]
-        ids = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=False
-        )
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text + (record.prefix or ""), return_tensors="pt").input_ids
         most = run.config.teacher.max_new_tokens
         made = model.generate(ids, max_new_tokens=most, do_sample=False)[0, ids.shape[1] :]
         assert cache.labels(record.id) == made.tolist()
@@ -117,7 +116,7 @@ def test_the_student_is_held_to_what_the_base_says(
         torch.testing.assert_close(own, rows.reference_logp_N, rtol=1e-4, atol=1e-5)
     verify_stage(run, cache)
     names = {e.record_id for s in training_streams(run, cache) for e in s.examples}
-    assert {"open-1", "open-2"} <= names
+    assert {"open-1", "open-2", "open-4"} <= names
     train_stage(run, cache)
 
 
