@@ -25,19 +25,15 @@ from unteach.benchmarks.figures import read_rows
 from unteach.benchmarks.harness import RESULTS, append_rows
 from unteach.engine.config import ModelConfig, TeacherConfig
 from unteach.engine.data.answers import is_refusal
-from unteach.engine.data.prefix_search import answer_logps
 from unteach.engine.data.records import Record, normalized, read_records
 from unteach.engine.data.sampler import evenly_spaced
-from unteach.engine.data.tokens import context_tokens, end_token
-from unteach.engine.evaluate.scores import Score, share
-from unteach.engine.evaluate.stress import auc
-from unteach.engine.inference import greedy, share_prefix
+from unteach.engine.evaluate.reach import refusal_logps, short_answers
+from unteach.engine.evaluate.scores import Score, auc, share
 from unteach.engine.model import load_model, load_tokenizer
 
 REFUSAL = TeacherConfig().refusal
 TOPIC = "Harry Potter"
 MOST = 400  # questions of a set, evenly spaced where there are more
-MAX_NEW_TOKENS = 16  # a refusal is one from its first words
 
 
 def public_questions(folder: Path, seen: Collection[str] = ()) -> dict[str, list[str]]:
@@ -65,31 +61,16 @@ def reach(
     refused: dict[str, Score] = {}
     likely: dict[str, list[float]] = {}
     for name, questions in sets.items():
-        contexts = [context_tokens(tokenizer, question) for question in questions]
-        answers = greedy(
-            model,
-            contexts,
-            end=end_token(tokenizer),
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=48,
-            prefix=share_prefix(model, contexts),
-        )
-        refused[name] = share([is_refusal(str(tokenizer.decode(answer))) for answer in answers])
-        likely[name] = answer_logps(model, tokenizer, refusals(questions))
+        asked = [Record(id=q, goal="general", question=q) for q in questions]
+        answers = short_answers(model, tokenizer, asked, batch_size=48)
+        refused[name] = share([is_refusal(answer) for answer in answers])
+        likely[name] = refusal_logps(model, tokenizer, asked, REFUSAL)
     others = {name: values for name, values in likely.items() if name != TOPIC}
     return {
         "refused": {name: asdict(score) for name, score in refused.items()},
         "auc": {name: asdict(auc(likely[TOPIC], values)) for name, values in others.items()},
         "auc_all": asdict(auc(likely[TOPIC], [v for each in others.values() for v in each])),
     }
-
-
-def refusals(questions: Sequence[str]) -> list[Record]:
-    """The questions with a refusal as their answer."""
-    return [
-        Record(id=str(i), goal="general", question=q, answer=REFUSAL)
-        for i, q in enumerate(questions)
-    ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,12 +23,7 @@ from unteach.engine.section import Section
 Dtype = Literal["float32", "bfloat16"]
 Checkpointing = Literal["off", "elementwise", "selective", "full"]
 Attention = Literal[
-    "sdpa",
-    "eager",
-    "flex_attention",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
+    "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
 Response = Literal["teacher", "gold", "refusal", "own"]
 RESPONSES: dict[Goal, Response] = {
@@ -267,6 +262,10 @@ class EvaluateConfig(Section):
     )
     holdout: str | None = Field(
         None, description="forget-like records never trained on, for the membership score"
+    )
+    open_questions: str | None = Field(
+        None,
+        description="questions without answers that nothing trains on: who refuses them is counted",
     )
     prefixed: bool = Field(
         True, description="also ask general and neighbor questions after attack prefixes"

@@ -51,6 +51,9 @@ STRESSES: tuple[tuple[str, Callable[[re.Match[str]], str], int], ...] = (
     (r"int(\d)_neighbor", lambda m: f"Neighbor, rounded to {m[1]} bits", 1),
     (r"int(\d)_attack", lambda m: f"Attack, rounded to {m[1]} bits", -1),
     (r"forget_file_(.*)", lambda m: f"Forget, questions of {m[1]}", -1),
+    (r"open_(forget|attack)_refused", lambda m: f"Refused, unseen {m[1]} questions", 1),
+    (r"open_(general|neighbor)_refused", lambda m: f"Refused, unseen {m[1]} questions", -1),
+    (r"open_auc", lambda m: "Told apart, unseen questions (AUC)", 1),
     (r"min_k_auc", lambda m: "Membership, Min-K AUC", 0),
 )
 ARROWS = {1: "↑", -1: "↓", 0: ""}

@@ -73,6 +73,20 @@ def share(hits: Sequence[bool]) -> Score:
     return Score(100 * sum(hits) / len(hits), len(hits), 100 * low, 100 * high)
 
 
+def auc(members: Sequence[float], others: Sequence[float]) -> Score:
+    """How often a member scores above a stranger, ties by half; 50 = cannot be told apart.
+
+    The interval is Hanley and McNeil's (1982).
+    """
+    wins = math.fsum((m > o) + 0.5 * (m == o) for m in members for o in others)
+    n, m = len(members), len(others)
+    a = wins / (n * m)
+    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
+    variance = (a * (1 - a) + (n - 1) * (q1 - a * a) + (m - 1) * (q2 - a * a)) / (n * m)
+    half = Z_95 * math.sqrt(max(variance, 0.0))
+    return Score(100 * a, n + m, 100 * max(a - half, 0.0), 100 * min(a + half, 1.0))
+
+
 def mean(values: Sequence[float]) -> Score:
     """Score of values in [0, 1], with the bootstrap's interval.
 

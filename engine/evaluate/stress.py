@@ -1,6 +1,6 @@
 """Does forgetting last? Scores after a little retraining, after rounding of the weights, behind
-examples and searched prefixes, on other wordings, and against a guess at what was trained on. Each
-is measured only where it is asked for.
+examples and searched prefixes, on other wordings, against a guess at what was trained on, and how
+far it reaches. Each is measured only where it is asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from unteach.engine.evaluate.extraction import (
     searched_attack,
 )
 from unteach.engine.evaluate.generate import searched_prefixes
-from unteach.engine.evaluate.scores import Z_95, Score, is_held_out, mean, trained_facts
+from unteach.engine.evaluate.reach import read_unseen, unseen_questions
+from unteach.engine.evaluate.scores import Score, auc, is_held_out, mean, trained_facts
 from unteach.engine.evaluate.suites import (
     Evaluation,
     Sample,
@@ -62,7 +63,8 @@ def stressed(
         InputError: a records file that cannot be used.
     """
     extra, samples = dict(found.extra), list(found.samples)
-    for measure in (_rounded, _relearned, few_shot, searched_attack, _other_files, _membership):
+    measures = (_rounded, _relearned, few_shot, searched_attack, _other_files, _membership)
+    for measure in (*measures, unseen_questions):
         scores, asked = measure(config, load, tokenizer, records)
         extra |= scores
         samples += asked
@@ -83,6 +85,7 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
         extra_records(name, path)
     if settings.holdout is not None:
         extra_records("holdout", settings.holdout)
+    read_unseen(settings.open_questions, records)
     if settings.relearn_steps or settings.holdout is not None:
         trained_records(records)
     for count in settings.relearn_rows if settings.relearn_steps else ():
@@ -124,6 +127,7 @@ def _stresses(config: Config) -> dict[str, bool]:
         "searched prefixes (evaluate.searched_prefixes)": settings.searched_prefixes is not None,
         "quantisation (evaluate.quantized)": bool(settings.quantized),
         "membership (evaluate.holdout)": settings.holdout is not None,
+        "unseen questions (evaluate.open_questions)": settings.open_questions is not None,
     }
 
 
@@ -305,17 +309,3 @@ def min_k_scores(
         least = sorted(logps)[: max(1, int(len(logps) * MIN_K))]
         scores.append(math.fsum(least) / len(least))
     return scores
-
-
-def auc(members: Sequence[float], others: Sequence[float]) -> Score:
-    """How often a member scores above a stranger, ties by half; 50 = cannot be told apart.
-
-    The interval is Hanley and McNeil's (1982).
-    """
-    wins = math.fsum((m > o) + 0.5 * (m == o) for m in members for o in others)
-    n, m = len(members), len(others)
-    a = wins / (n * m)
-    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
-    variance = (a * (1 - a) + (n - 1) * (q1 - a * a) + (m - 1) * (q2 - a * a)) / (n * m)
-    half = Z_95 * math.sqrt(max(variance, 0.0))
-    return Score(100 * a, n + m, 100 * max(a - half, 0.0), 100 * min(a + half, 1.0))

@@ -27,6 +27,7 @@ from unteach.engine.evaluate.generate import ASKED_AS, Answer, Ask, answer_all, 
 from unteach.engine.evaluate.generate import attack_prefixes as attack_prefixes
 from unteach.engine.evaluate.generate import searched_prefixes as searched_prefixes
 from unteach.engine.evaluate.judge import Question, check_judge, judge_all
+from unteach.engine.evaluate.reach import read_unseen
 from unteach.engine.evaluate.scores import (
     LEAK_RECALL,
     Score,
@@ -208,7 +209,7 @@ def protocol_hash(
     shown = settings.few_shot or settings.relearn_steps or settings.holdout
     content = {
         "version": SCORING_VERSION,
-        "evaluate": settings.model_dump(mode="json"),
+        "evaluate": settings.model_dump(mode="json", exclude={"open_questions"}),
         "records": [[r.model_dump(mode="json"), is_held_out(r, trained)] for r in tested],
         "prefixes": attack_prefixes(records),
         "searched": searched_prefixes(settings, records),
@@ -218,6 +219,8 @@ def protocol_hash(
         "tokenizer": tokenizer,
         "dtype": dtype,
     }
+    if unseen := read_unseen(settings.open_questions, records):
+        content["unseen"] = [r.model_dump(mode="json") for r in unseen]  # wherever the file lies
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -12,12 +12,12 @@ import torch
 from tests.engine.tiny_start import fresh, records
 from tests.engine.tiny_start import start as start
 from unteach.engine.config import Config, override
-from unteach.engine.data.records import Record, write_records
+from unteach.engine.data.records import Goal, Record, write_records
 from unteach.engine.data.tokens import response_tokens, student_context
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.headings import heading_of, is_stress, place_of
+from unteach.engine.evaluate.scores import auc
 from unteach.engine.evaluate.stress import (
-    auc,
     check_stresses,
     min_k_scores,
     not_measured,
@@ -110,8 +110,11 @@ def test_only_what_is_asked_for_stands_beside_the_scores(
     load = partial(fresh, start)
     plain = evaluate(tiny(), load(), tokenizer, records(), mmlu=None)
     assert stressed(tiny(), load, tokenizer, records(), plain).extra == plain.extra
-    assert capsys.readouterr().out.count("(evaluate.") == 6, "what is left out is said"
+    assert capsys.readouterr().out.count("(evaluate.") == 7, "what is left out is said"
     path = tmp_path / "other.jsonl"
+    goals: tuple[Goal, ...] = ("forget", "general")
+    questions = [Record(id=goal, goal=goal, question=f"Of {goal}?") for goal in goals]
+    write_records(tmp_path / "open.jsonl", questions)
     config = override(
         tiny(),
         [
@@ -122,6 +125,7 @@ def test_only_what_is_asked_for_stands_beside_the_scores(
             "evaluate.relearn_rows=[4, 1]",
             "evaluate.few_shot=2",
             f"evaluate.searched_prefixes={tmp_path / 'found.txt'}",
+            f"evaluate.open_questions={tmp_path / 'open.jsonl'}",
         ],
     )
     (tmp_path / "found.txt").write_text("So it is\n")
@@ -131,7 +135,8 @@ def test_only_what_is_asked_for_stands_beside_the_scores(
     rounded = {f"int{b}_{n}" for b in (8, 4) for n in ("forget", "general", "neighbor", "attack")}
     relearned = {f"relearned_{k}_forget{part}" for k in (4, 1) for part in ("", "_held_out")}
     others = {"few_shot_forget", "searched_attack", "forget_file_paraphrased", "min_k_auc"}
-    assert new == rounded | relearned | others
+    unseen = {"open_forget_refused", "open_general_refused", "open_auc"}
+    assert new == rounded | relearned | others | unseen
     assert all(is_stress(name) and heading_of(name)[0] != name for name in new)
     assert not any(is_stress(name) for name in plain.extra)
     order = sorted(new, key=place_of)
