@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unteach.engine.config import Config
     from unteach.engine.run import Run
 
+OTHER_RECORDS = ("data.path=", "data.source=")
 Recipe = Annotated[str | None, typer.Argument(help="a name that `unteach recipes` lists")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="config.yaml of an earlier run instead of a recipe")
@@ -47,11 +48,17 @@ def opened(recipe: str | None, path: Path | None, settings: list[str] | None) ->
 
 
 def resolve(recipe: str | None, path: Path | None, settings: list[str] | None) -> Config:
-    """The config that a recipe or a file describes, with the settings of the command line."""
+    """The config that a recipe or a file describes, with the settings of the command line.
+
+    A recipe's open questions belong to its own records: other records stand without them.
+    """
     from unteach.engine.config import load_config, override
     from unteach.recipes.catalog import find_recipe
 
     if (recipe is None) == (path is None):
         raise InputError("Name a recipe (see `unteach recipes`) or give --config, one of the two.")
     config = load_config(path) if path is not None else find_recipe(recipe or "")
-    return override(config, settings or [])
+    chosen = settings or []
+    if recipe is not None and any(each.startswith(OTHER_RECORDS) for each in chosen):
+        chosen = [*(f"{section}.open_questions=null" for section in ("data", "evaluate")), *chosen]
+    return override(config, chosen)

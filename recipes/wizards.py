@@ -29,7 +29,7 @@ def wizards() -> Config:
             ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
-            "optim": start.optim.model_copy(update={"lr": 3e-4}),
+            "optim": start.optim.model_copy(update={"steps": 60}),
             "run": start.run.model_copy(update={"folder": "runs/wizards"}),
         }
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from unteach.recipes.catalog import RECIPES
+from unteach.recipes.catalog import RECIPES, find_recipe
+from unteach.recipes.opening import resolve
 
 
 def unteach(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,3 +84,19 @@ def test_bench_hands_its_options_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = (tmp_path / "bench_bitopk.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(row)["provider"] == "eager"
+
+
+def test_other_records_stand_without_the_recipes_open_questions() -> None:
+    own = find_recipe("quickstart")
+    assert own.data.open_questions and own.evaluate.open_questions
+    same = resolve("quickstart", None, ["optim.steps=1"])
+    assert same.data.open_questions == own.data.open_questions
+    other = resolve("quickstart", None, ["data.path=mine.jsonl"])
+    assert (other.data.open_questions, other.evaluate.open_questions) == (None, None)
+    asked = [
+        "data.open_questions=q.jsonl",
+        "data.path=mine.jsonl",
+        "evaluate.open_questions=u.jsonl",
+    ]
+    both = resolve("quickstart", None, asked)
+    assert (both.data.open_questions, both.evaluate.open_questions) == ("q.jsonl", "u.jsonl")
