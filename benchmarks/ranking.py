@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from unteach.benchmarks.figures import README, rewrite
-from unteach.engine.evaluate.headings import ARROWS, heading_of, is_stress, place_of
-from unteach.engine.evaluate.ranking import ABLATION, GROUPS, HEADINGS, NAMES, seed_interval
+from unteach.engine.evaluate.headings import is_stress
+from unteach.engine.evaluate.ranking import (
+    ABLATION,
+    GROUPS,
+    HEADINGS,
+    NAMES,
+    robustness,
+    seed_interval,
+)
 
 DOCS = README.parent / "docs"
 PICTURES = ("radar.png", "tradeoff.png")
@@ -66,21 +73,8 @@ def block(ranking: Row) -> str:
 
 def robustness_block(ranking: Row) -> str:
     """Markdown: a line for each stress, a column for the base and each row that has it."""
-    shown = {"Base": ranking["base"]["extra"]}
-    for row in ranking["rows"]:
-        extra = row["trials"][0]["extra"]
-        if any(map(is_stress, extra)):
-            shown[NAMES.get(row["name"], row["name"])] = extra
-    stresses = sorted(filter(is_stress, shown["Base"]), key=place_of)
-    lines = [f"| | N | {' | '.join(shown)} |", "| --- | ---: |" + " ---: |" * len(shown)]
-    for stress in stresses:
-        words, direction = heading_of(stress)
-        cells = [
-            "{value:.1f} [{low:.1f}–{high:.1f}]".format(**extra[stress]) for extra in shown.values()
-        ]
-        count = shown["Base"][stress]["n"]
-        lines.append(f"| {words} {ARROWS[direction]} | {count} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = {NAMES.get(r["name"], r["name"]): r["trials"][0]["extra"] for r in ranking["rows"]}
+    return "\n".join(robustness({"Base": ranking["base"]["extra"], **rows}))
 
 
 def _line(row: Row, kind: str, scores: Sequence[str]) -> str:

@@ -221,8 +221,17 @@ def ranking_page(
     if any(name in rows for name in ABLATION[1:]):
         lines += ["", "## Table 2: the loss alone changed", ""]
         lines += _table(base, names, rows, against, ABLATION)
-    if stresses := sorted(filter(is_stress, base.extra), key=place_of):
-        lines += ["", "## Robustness", "", *_robustness(base, rows, stresses)]
+    if any(map(is_stress, base.extra)):
+        trained = {NAMES.get(n, n): r.trials[0].extra for n, r in rows.items()}
+        lines += [
+            "",
+            "## Robustness",
+            "",
+            "The first seed of each row at its rate, with the 95% interval of the questions. Rows "
+            "in context train nothing: who has their weights has the base.",
+            "",
+            *robustness({"Base": base.extra, **trained}),
+        ]
     chosen = "Learning rates were given, not chosen." if tuning is None else tuning.sentence()
     lines += ["", "## Cost of one training", "", chosen, "", *_costs(rows)]
     return "\n".join(lines) + "\n"
@@ -251,31 +260,21 @@ def _table(
     return lines
 
 
-def _robustness(base: Trial, rows: Mapping[str, Ranked], stresses: Sequence[str]) -> list[str]:
-    """What the stresses make of the base and of each row's first seed."""
-    heads = []
-    for name in stresses:
-        words, direction = heading_of(name)
-        heads.append(f"{words} {ARROWS[direction]} (N {base.extra[name]['n']})")
-    lines = [
-        "The first seed of each row at its rate, with the 95% interval of the questions. Rows in "
-        "context train nothing: who has their weights has the base.",
-        "",
-        f"| row | {' | '.join(heads)} |",
-        "| --- |" + " ---: |" * len(heads),
-    ]
-    trials = {"Base": base, **{NAMES.get(n, n): row.trials[0] for n, row in rows.items()}}
-    for name, trial in trials.items():
-        if trial.lr is None and trial is not base:
-            continue
-        scores = [trial.extra.get(stress) for stress in stresses]
-        cells = [
-            f"{score['value']:.1f} [{score['low']:.1f}–{score['high']:.1f}]"
-            if score
-            else "not measured"
-            for score in scores
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def robustness(extras: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """A line for each stress that the first of the models has, a column for each model.
+
+    Args:
+        extras: what stands beside the scores, by the name of the model, the base first.
+    """
+    stresses = sorted(filter(is_stress, next(iter(extras.values()))), key=place_of)
+    measured = {n: e for n, e in extras.items() if any(stress in e for stress in stresses)}
+    lines = [f"| | N | {' | '.join(measured)} |", "| --- | ---: |" + " ---: |" * len(measured)]
+    for stress in stresses:
+        words, direction = heading_of(stress)
+        scores = [extra.get(stress) for extra in measured.values()]
+        cells = ["{value:.1f} [{low:.1f}–{high:.1f}]".format(**s) if s else "—" for s in scores]
+        count = next(f"{score['n']}" for score in scores if score)
+        lines.append(f"| {words} {ARROWS[direction]} | {count} | {' | '.join(cells)} |")
     return lines
 
 

@@ -55,10 +55,12 @@ def test_each_cell_stands_beside_the_papers() -> None:
 def test_stresses_stand_in_a_line_each() -> None:
     stressed = copy.deepcopy(RANKING)
     stressed["base"]["extra"] = {"few_shot_forget": interval(92), "forget_refused": interval(0)}
+    stressed["base"]["extra"]["min_k_auc"] = interval(60)
     stressed["rows"][1]["trials"][0]["extra"] = {"few_shot_forget": interval(7)}
     lines = robustness_block(stressed).splitlines()
-    assert lines[0] == "| | N | Base | SFT |" and len(lines) == 3, "ours has none"
+    assert lines[0] == "| | N | Base | SFT |" and len(lines) == 4, "ours has none"
     assert lines[2].endswith("↓ | 80 | 92.0 [91.0–93.0] | 7.0 [6.0–8.0] |")
+    assert lines[3].endswith(" | 80 | 60.0 [59.0–61.0] | — |"), "sft lacks one of them"
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name != "base"])

@@ -172,7 +172,7 @@ def test_stresses_are_measured_on_the_trained_weights_before_they_go(
     assert [t.extra for t in added] == [summary["extra"]["base"], summary["extra"]["model"]]
     page = (one / "compare" / "ranking.md").read_text(encoding="utf-8")
     table = page.split("## Robustness")[1].split("##")[0]
-    assert "Forget, relearned on 4 rows ↓ (N 4)" in table and "| SFT |" in table
+    assert "\n| Forget, relearned on 4 rows ↓ | 4 | " in table and "| | N | Base | SFT |" in table
     assert NAMES["oracle"] not in table
     score = added[1].extra["relearned_4_forget"]
     assert f" {score['value']:.1f} [{score['low']:.1f}–{score['high']:.1f}] " in table
