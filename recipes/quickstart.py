@@ -23,7 +23,6 @@ def quickstart() -> Config:
         model=ModelConfig(path="embedded"),
         data=DataConfig(
             path=data_file("quickstart.jsonl"),
-            open_questions=data_file("quickstart_open.jsonl"),
             mmlu=data_file("mmlu.jsonl"),
             known_only=True,
             mix={"forget": 3, "attack": 2, "neighbor": 4, "general": 3},
@@ -37,13 +36,13 @@ def quickstart() -> Config:
         method=MethodConfig(k=8, alpha=1.0, center=True, gate=0.2, reduction="record"),
         optim=OptimConfig(
             lr=3e-4,
-            steps=120,
+            steps=60,
             warmup_steps=5,
             schedule="linear",
             betas=(0.9, 0.95),
             trainable=upper_blocks,
             reuse_frozen=True,
         ),
-        evaluate=EvaluateConfig(batch_size=48, open_questions=data_file("unseen_questions.jsonl")),
+        evaluate=EvaluateConfig(batch_size=48),
         run=RunConfig(folder="runs/quickstart", checkpoint_every=50),
     )

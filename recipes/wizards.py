@@ -29,7 +29,9 @@ def wizards() -> Config:
             ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
-            "optim": start.optim.model_copy(update={"steps": 60}),
+            "evaluate": start.evaluate.model_copy(
+                update={"open_questions": data_file("unseen_questions.jsonl")}
+            ),
             "run": start.run.model_copy(update={"folder": "runs/wizards"}),
         }
     )

@@ -87,16 +87,16 @@ def test_bench_hands_its_options_on(tmp_path: Path) -> None:
 
 
 def test_other_records_stand_without_the_recipes_open_questions() -> None:
-    own = find_recipe("quickstart")
+    own = find_recipe("wizards")
     assert own.data.open_questions and own.evaluate.open_questions
-    same = resolve("quickstart", None, ["optim.steps=1"])
+    same = resolve("wizards", None, ["optim.steps=1"])
     assert same.data.open_questions == own.data.open_questions
-    other = resolve("quickstart", None, ["data.path=mine.jsonl"])
+    other = resolve("wizards", None, ["data.path=mine.jsonl"])
     assert (other.data.open_questions, other.evaluate.open_questions) == (None, None)
     asked = [
         "data.open_questions=q.jsonl",
         "data.path=mine.jsonl",
         "evaluate.open_questions=u.jsonl",
     ]
-    both = resolve("quickstart", None, asked)
+    both = resolve("wizards", None, asked)
     assert (both.data.open_questions, both.evaluate.open_questions) == ("q.jsonl", "u.jsonl")
