@@ -27,11 +27,13 @@ NAMES = {
 }
 # What a reader must know to weigh the table; to be rewritten when its rows are measured anew.
 DISCLOSURE = (
-    "Read it with care: at least nine settings of ours were scored on these very test questions "
-    "with seed 0 before these were kept, so seed 0 is a tuned figure, and seeds 1 and 2 share its "
-    "questions. Eq. 3 as written and `sft` run at our settings and were not tuned. The `sft` rows "
-    "were trained on the teacher's own refusals; since then `sft` trains on `teacher.refusal`. "
-    "Ours is level with `sft` here, not ahead of it."
+    "Read it with care: some twenty settings of ours were scored on these very test questions "
+    "with seed 0 before these were kept, the learning rate last, so seed 0 is a tuned figure, and "
+    "seeds 1 and 2 share its questions. Eq. 3 as written and `sft` ran at our earlier rate, 1e-4, "
+    "and were not tuned; the `sft` rows were trained on the teacher's own refusals, since then it "
+    "trains on `teacher.refusal`. Ours is level with `sft` here, not ahead of it. The test asks "
+    "what is like its training: of Natural Questions the model of seed 0 refuses 23% "
+    "(docs/results.md)."
 )
 Row = dict[str, Any]
 
