@@ -91,12 +91,12 @@ def block(rows: Sequence[Row]) -> str:
             lines.append(f"| {NAMES[method]}, seeds {seeds} | {' | '.join(cells)} | {total} |")
     known = dict.fromkeys(row["commit"] or "unknown" for row in rows)
     commits = ", ".join(f"`{commit[:7]}`" for commit in known)
-    last = rows[-1]
+    last, threads = rows[-1], sorted({row["threads"] for row in rows})
     lines += [
         "",
         "95% intervals in brackets. Overall is the sum of the changes for the better against the "
         "base. MMLU of a 135M model is chance (25), so a change in it says little. "
-        f"Measured on {last['device']}, {last['threads']} threads, torch "
+        f"Measured on {last['device']}, {' or '.join(map(str, threads))} threads, torch "
         f"{last['versions']['torch']}, commit {commits}, by `unteach run quickstart --set "
         "run.seed=…`; every score in `benchmarks/results/quickstart.jsonl`.",
         "",
