@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from unteach.benchmarks.figures import read_rows
 from unteach.benchmarks.harness import RESULTS, append_rows
-from unteach.engine.config import ModelConfig, TeacherConfig
+from unteach.engine.config import EvaluateConfig, ModelConfig, TeacherConfig
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.records import Record, normalized, read_records
 from unteach.engine.data.sampler import evenly_spaced
@@ -62,7 +62,7 @@ def reach(
     likely: dict[str, list[float]] = {}
     for name, questions in sets.items():
         asked = [Record(id=q, goal="general", question=q) for q in questions]
-        answers = short_answers(model, tokenizer, asked, batch_size=48)
+        answers = short_answers(model, tokenizer, asked, EvaluateConfig(batch_size=48))
         refused[name] = share([is_refusal(answer) for answer in answers])
         likely[name] = refusal_logps(model, tokenizer, asked, REFUSAL)
     others = {name: values for name, values in likely.items() if name != TOPIC}
@@ -107,18 +107,13 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
             label=name.replace("_", " "),
             **style,
         )
-    labels = [f"{row['name']}   AUC {_value(row['auc_all']):.1f}" for row in rows]
+    labels = [f"{row['name']}   AUC {row['auc_all']['value']:.1f}" for row in rows]
     axes.set_yticks(list(places), labels)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlim(-3, 103)
     axes.set_xlabel("refused, % (the topic should be, the others should not)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.01), ncols=4, fontsize=8, frameon=False)
     return figure
-
-
-def _value(score: Mapping[str, float] | float) -> float:
-    """A score's value; rows of before its interval was measured hold the value alone."""
-    return score if isinstance(score, float) else score["value"]
 
 
 def _questions(path: Path) -> list[str]:

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unteach.engine.config import Config
+from unteach.engine.config import Config, EvaluateConfig
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.prefix_search import answer_logps
 from unteach.engine.data.records import Record, normalized, read_records
-from unteach.engine.data.tokens import end_token, student_context
+from unteach.engine.data.tokens import student_context
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate.generate import decoded
+from unteach.engine.evaluate.generate import answer_all, decoded
 from unteach.engine.evaluate.scores import Score, auc, share
-from unteach.engine.inference import greedy, share_prefix
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import Advance, progress
 
@@ -41,10 +40,9 @@ def unseen_questions(
     if not asked:
         return {}, []
     model, refusal = load(), config.teacher.refusal
-    with progress("unseen questions", len(asked), unit="questions") as advance:
-        answers = short_answers(
-            model, tokenizer, asked, batch_size=config.evaluate.batch_size, advance=advance
-        )
+    distinct = len({(record.question, record.prefix) for record in asked})
+    with progress("unseen questions", distinct, unit="questions") as advance:
+        answers = short_answers(model, tokenizer, asked, config.evaluate, advance)
     likely = refusal_logps(model, tokenizer, asked, refusal)
     samples: list[dict[str, Any]] = [
         {
@@ -93,22 +91,13 @@ def short_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
-    *,
-    batch_size: int,
+    settings: EvaluateConfig,
     advance: Advance | None = None,
 ) -> list[str]:
     """The first words of the greedy answer to each question."""
     contexts = [student_context(tokenizer, record) for record in records]
-    generated = greedy(
-        model,
-        contexts,
-        end=end_token(tokenizer),
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=batch_size,
-        prefix=share_prefix(model, contexts),
-        advance=advance,
-    )
-    return [decoded(tokenizer, ids, special=False).strip() for ids in generated]
+    short = settings.model_copy(update={"max_new_tokens": MAX_NEW_TOKENS})
+    return [answer.text for answer in answer_all(model, tokenizer, contexts, short, advance)]
 
 
 def refusal_logps(

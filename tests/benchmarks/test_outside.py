@@ -69,9 +69,13 @@ def test_the_table_has_a_line_for_each_model() -> None:
 
 
 def test_the_picture_has_a_line_for_each_model() -> None:
-    """The last row of a name; older rows hold the AUC without its interval."""
+    """The last row of a name."""
     score = {"value": 50.0, "low": 9.5, "high": 90.5, "n": 2}
     row = {"name": "ours", "refused": {TOPIC: score, "others": score}, "auc_all": score}
-    (axes,) = picture([{**row, "auc_all": 1.0}, {**row, "name": "base", "auc_all": 45.0}, row]).axes
+    old, base = (
+        {**row, "auc_all": {"value": 1.0}},
+        {**row, "name": "base", "auc_all": {"value": 45.0}},
+    )
+    (axes,) = picture([old, base, row]).axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["ours   AUC 50.0", "base   AUC 45.0"]
     assert {tuple(p.get_offsets()[0]) for p in axes.collections} == {(50.0, 2.0)}
