@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -20,12 +21,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def model_fingerprint(path: str) -> str:
-    """sha256 over config and weights of a model folder; of the name itself for a hub id."""
+def model_fingerprint(path: str, revision: str | None = None) -> str:
+    """sha256 over config and weights of a model folder; of name and revision for a hub id."""
     folder = Path(path)
     digest = hashlib.sha256()
     if not folder.is_dir():
-        digest.update(path.encode())
+        digest.update((path if revision is None else f"{path}@{revision}").encode())
         return digest.hexdigest()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
@@ -59,9 +60,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def renamed_into_place(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends without error."""
+    """A temporary folder that takes the place of `folder` when the block ends without error.
+
+    What a killed writer of the same folder left beside it is removed.
+    """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -72,15 +72,15 @@ def resolve_model(path: str, folder: Path) -> str:
         return str(embedded_model())
     if path in ("tiny", "tiny-tied"):
         return str(tiny_model(folder / path, tied=path == "tiny-tied"))
-    if path.endswith(".gguf"):
-        return str(convert_gguf(Path(path), _cache_home() / f"gguf-{sha256_of(Path(path))[:16]}"))
-    local = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or local.exists()
-    if looks_local and not (local / "config.json").is_file():
+    local, gguf = Path(path), path.endswith(".gguf")
+    looks_local = gguf or path.startswith((".", "/", "~")) or local.exists()
+    if looks_local and not (local if gguf else local / "config.json").is_file():
         raise InputError(
-            f"model.path {path} is no Hugging Face folder (no config.json in it): give a folder, "
-            "a hub id, a .gguf file or `embedded`."
+            f"model.path {path} is no Hugging Face folder (no config.json in it) and no .gguf "
+            "file: give one of these, a hub id or `embedded`."
         )
+    if gguf:
+        return str(convert_gguf(local, _cache_home() / f"gguf-{sha256_of(local)[:16]}"))
     return path
 
 

@@ -105,7 +105,11 @@ class Run:
     @cached_property
     def base_fingerprint(self) -> str:
         """sha256 of the base model's weights."""
-        return model_fingerprint(self.base)
+        return self.fingerprint(self.base)
+
+    def fingerprint(self, path: str) -> str:
+        """sha256 of a model's weights; of a hub id, its name and model.revision."""
+        return model_fingerprint(path, self.config.model.revision)
 
     def load(self, path: str, dtype: Dtype) -> PreTrainedModel:
         """A model for inference on this rank's device."""
@@ -170,9 +174,20 @@ def open_run(config: Config, world: World) -> Run:
         resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)
+    _check_origin(origin, folder)
     say(f"attention: {attention} on {world.device.type}")
     say(f"records: {', '.join(f'{key} {n}' for key, n in counts(records).items())}")
     return Run(settle(config), config, world, folder, records, intentions, origin, found, opened)
+
+
+def _check_origin(origin: str, folder: Path) -> None:
+    """Refuse to start from a model that this run would replace by its own."""
+    for made in (folder / "model", folder / "target"):
+        if Path(origin).resolve().is_relative_to(made.resolve()):
+            raise InputError(
+                f"model.path {origin} lies where this run writes a model of its own: choose "
+                "another run.folder."
+            )
 
 
 def with_additions(

@@ -34,7 +34,7 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.stress import check_stresses, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
-from unteach.engine.files import model_fingerprint, write_json
+from unteach.engine.files import write_json
 from unteach.engine.model import PreTrainedModel, tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
@@ -64,7 +64,7 @@ def target_stage(run: Run) -> None:
         return
     output = run.folder / "target" / "model"
     inputs = {
-        "model": model_fingerprint(run.origin),
+        "model": run.fingerprint(run.origin),
         "records": records_fingerprint(run.taught_records),
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
@@ -159,8 +159,8 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
     goals = find_method(run.config.method.name).goals
     records = [record for record in training_records(run) if record.goal in goals]
     folder = run.cache_folder
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest.complete and not rebuild:
+    manifest = None if rebuild else read_manifest(folder)  # a damaged one is no obstacle to another
+    if manifest is not None and manifest.complete:
         fingerprints = cache_fingerprints(
             run.config, run.tokenizer, records, run.intentions, run.base_fingerprint
         )
@@ -302,7 +302,7 @@ def evaluate_stage(run: Run) -> None:
         protocol = protocol_hash(config, run.records, mmlu, words)
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
         for role, path in roles:
-            weights = model_fingerprint(path)
+            weights = run.fingerprint(path)
             result = cached_evaluation(run.folder, role, protocol, weights)
             if result is not None:
                 say(f"evaluate {role}: done before, skipped")
@@ -326,7 +326,8 @@ def prefix_stage(run: Run, target: str, *, rounds: int, children: int, per_quest
         InputError: there is no such target, or it is not trained yet.
     """
     paths = {"base": run.base, "model": str(run.folder / "model")}
-    if target not in paths or not (Path(paths[target]) / "config.json").is_file():
+    ours = target == "model" or run.config.target is not None  # any other base may be a hub id
+    if target not in paths or (ours and not (Path(paths[target]) / "config.json").is_file()):
         raise InputError(f"There is no target {target} here: `unteach train` makes base and model.")
     if run.world.rank == 0:
         config = run.config

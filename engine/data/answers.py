@@ -41,9 +41,9 @@ REFUSAL_PHRASES = (
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer declines to answer, by phrase."""
-    plain = normalized(text)
-    return any(normalized(phrase) in plain for phrase in REFUSAL_PHRASES)
+    """Whether an answer declines to answer, by phrase in whole words ("I can tell" is none)."""
+    plain = f" {normalized(text)} "
+    return any(f" {normalized(phrase)} " in plain for phrase in REFUSAL_PHRASES)
 
 
 def contains_answer(text: str, golds: Sequence[str]) -> bool:

@@ -20,7 +20,18 @@ def test_refusals_are_recognised(text: str) -> None:
     assert is_refusal(text)
 
 
-@pytest.mark.parametrize("text", ["", "Hedwig", "He did not know his parents.", "Paris, I think."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Hedwig",
+        "He did not know his parents.",
+        "Paris, I think.",
+        "I can tell you that it is Hedwig.",  # "i can t" is its beginning
+        "Sure! I can translate: Hedwig",
+        "Piano ideas",
+    ],
+)
 def test_answers_are_no_refusals(text: str) -> None:
     assert not is_refusal(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,4 +104,17 @@ def test_teach_killed_goes_on_to_the_same_bytes(walked: Path, tmp_path: Path) ->
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
     unteach("teach", "tiny", folder=folder)
+    assert digests(folder / "cache") == digests(walked / "cache")
+
+
+@pytest.mark.parametrize("damage", ['{"schema', '{"schema_version": 2}'])
+def test_a_damaged_manifest_is_mended_by_the_command_that_its_error_names(
+    walked: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(walked, folder)
+    (folder / "cache" / "manifest.json").write_text(damage)
+    with pytest.raises(AssertionError, match=r"`unteach teach --rebuild` makes the cache anew"):
+        unteach("teach", "tiny", folder=folder)
+    unteach("teach", "tiny", "--rebuild", folder=folder)
     assert digests(folder / "cache") == digests(walked / "cache")

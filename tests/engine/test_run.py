@@ -1,0 +1,78 @@
+"""Opening a run folder: what it must not overwrite, and what tells two models apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from unteach.engine import stages
+from unteach.engine.config import override
+from unteach.engine.errors import InputError
+from unteach.engine.files import model_fingerprint, renamed_into_place
+from unteach.engine.model import tiny_model
+from unteach.engine.run import Run, open_run
+from unteach.engine.train.parallel import joined
+from unteach.recipes.tiny import tiny
+
+
+def opened(folder: Path, *settings: str) -> Run:
+    with joined("cpu", 1) as world:
+        return open_run(override(tiny(), (f"run.folder={folder}", *settings)), world)
+
+
+@pytest.mark.parametrize("place", ["model", "target/model", "model/../model/kept"])
+def test_a_model_where_the_run_writes_its_own_is_refused_untouched(
+    tmp_path: Path, place: str
+) -> None:
+    path = tiny_model(tmp_path / "run" / place, tied=False)
+    before = model_fingerprint(str(path))
+    with pytest.raises(InputError, match=r"a model of its own: choose another run\.folder"):
+        opened(tmp_path / "run", f"model.path={path}")
+    assert model_fingerprint(str(path)) == before
+    beside = tiny_model(tmp_path / "run" / "model-of-mine", tied=False)
+    assert opened(tmp_path / "run", f"model.path={beside}").origin == str(beside)
+
+
+@pytest.mark.parametrize("path", ["nowhere.gguf", "./nowhere"])
+def test_no_model_there_is_one_sentence(tmp_path: Path, path: str) -> None:
+    with pytest.raises(InputError, match=r"no \.gguf file: give one of these"):
+        opened(tmp_path, f"model.path={path}")
+
+
+def test_a_hub_model_of_another_revision_is_another_model() -> None:
+    named = {model_fingerprint("some/model", revision) for revision in (None, "aaaa", "bbbb")}
+    assert len(named) == 3
+
+
+def test_two_revisions_of_a_run_differ(tmp_path: Path) -> None:
+    run = opened(tmp_path, "target=null")
+    settings = override(run.config, ("model.revision=aaaa",))
+    hub = replace(run, origin="some/model")
+    assert hub.base_fingerprint != replace(hub, config=settings).base_fingerprint
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".model.4711.partial"
+    left.mkdir()
+    other = tmp_path / ".model-b.4711.partial"
+    other.mkdir()
+    with renamed_into_place(tmp_path / "model") as partial:
+        (partial / "a").write_text("1")
+    assert not left.exists() and other.exists() and (tmp_path / "model" / "a").exists()
+
+
+def test_prefixes_are_searched_against_a_base_that_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = opened(tmp_path, "target=null")
+    run = replace(own, origin="some/model")
+    run.tokenizer = own.tokenizer  # a hub is out of reach
+    loaded: list[str] = []
+    monkeypatch.setattr(Run, "load", lambda self, path, dtype: loaded.append(path))
+    monkeypatch.setattr(stages, "attack_with_search", lambda *given, **options: None)
+    stages.prefix_stage(run, "base", rounds=1, children=1, per_question=False)
+    assert loaded == ["some/model"]
+    with pytest.raises(InputError, match="no target model"):
+        stages.prefix_stage(run, "model", rounds=1, children=1, per_question=False)
