@@ -205,7 +205,7 @@ class OptimConfig(Section):
 
 class ParallelConfig(Section):
     replicate: int = Field(1, ge=1, description="replicas of the sharded model (HSDP)")
-    dtype: Dtype = Field("float32", description="compute dtype of the training forward")
+    dtype: Dtype = Field("float32", description="compute dtype, no wider than the weights")
     checkpointing: Checkpointing | Annotated[int, Field(ge=1)] = Field(
         "off",
         description="activation checkpointing: off, elementwise (keep attention and matrix "

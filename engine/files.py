@@ -58,6 +58,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (text + "\n").encode())
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it to make it again.") from error
+
+
 @contextmanager
 def renamed_into_place(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends without error.

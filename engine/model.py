@@ -6,7 +6,6 @@ on supervised positions only. No [B, T, V] logits are made on this path.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -110,15 +109,21 @@ def load_model(
     """
     logging.disable_progress_bar()  # a bar per load would drown our own
     with _one_sentence(path, config):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    model, found = loaded
     assert isinstance(model, PreTrainedModel)
+    if found["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise InputError(
+            f"Model {path} cannot be loaded: its files hold no {sorted(found['missing_keys'])[0]}."
+        )
     nn.Module.to(model, device or torch.device("cpu"))
     model.eval()
     return model
@@ -182,7 +187,7 @@ def _one_sentence(path: str, config: ModelConfig) -> Iterator[None]:
             f"model.attention {config.attention} is not installed "
             f"({str(error).splitlines()[0]}): {attention_remedy(config.attention)}."
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"Model {path} cannot be loaded: {reason}") from error
 
@@ -261,13 +266,6 @@ def hidden_states(
     hidden = output.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the vocabulary, special tokens and chat template."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
-    text = json.dumps([*content, tokenizer.chat_template], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def export_model(

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unteach.engine.config import Config, override
+from unteach.engine.data.prepare import prepared
 from unteach.engine.data.records import GOALS, Record, read_records, train_split
 from unteach.engine.data.sampler import Stream, rank_batches, share_contexts
 from unteach.engine.data.tokens import Batch, Example, collate, response_tokens, student_context
+from unteach.engine.errors import InputError
 from unteach.engine.live_bytes import LiveBytes
 from unteach.engine.model import (
     DTYPES,
@@ -34,9 +36,11 @@ from unteach.engine.model import (
     resolve_model,
     skip_masks,
 )
+from unteach.engine.run import with_additions
 from unteach.engine.train.lean_adamw import SLICE
 from unteach.engine.train.methods import find_method, settle
 from unteach.engine.train.optim import choose_trainable
+from unteach.engine.train.parallel import forward_dtype
 from unteach.engine.train.recompute import checkpoint_blocks
 from unteach.kernels.candidate_pool import pool_capacity
 from unteach.kernels.topk_filter import TILE_ELEMENTS, tile_width
@@ -84,7 +88,7 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
     """The same for a micro-batch that is already known."""
     sharded = gpus > 1 or config.parallel.cpu_offload
     parts = gpus // config.parallel.replicate if sharded else 1
-    compute = DTYPES[config.parallel.dtype]
+    compute = forward_dtype(DTYPES[config.model.dtype], config.parallel)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _fake_model(path, config)
         choose_trainable(model, config.optim)
@@ -123,11 +127,12 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
 def largest_batch(config: Config, gpus: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The micro-batch of the longest records that `data.mix` can bring together in a step."""
     config = settle(config)
-    method, opened = find_method(config.method.name), config.data.open_questions
-    known = read_records(Path(config.data.path))
-    if opened is not None:
-        asked = read_records(Path(opened))
-        known += [r for r in asked if method.takes_open(r.goal, config.teacher)]
+    method = find_method(config.method.name)
+    path = prepared(config.data, Path(config.run.folder))
+    if not path.is_file():
+        raise InputError(f"{path} is not there yet: `unteach teach` with this recipe makes it.")
+    known, _, opened = with_additions(config.data, read_records(path))
+    known = [r for r in known if r.id not in opened or method.takes_open(r.goal, config.teacher)]
     records = train_split(known, anchors=config.data.anchors, form=config.data.form)
     chosen: list[Example] = []
     for goal in GOALS:
@@ -189,7 +194,7 @@ def _step_bytes(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop)
-    model.train()
+    model.eval()
     slots = 2 * config.method.k
     mixed = not reduced and config.parallel.dtype == "bfloat16"
     with LiveBytes() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):

@@ -35,7 +35,13 @@ from unteach.engine.data.records import (
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sheet import write_sheet
 from unteach.engine.errors import InputError
-from unteach.engine.files import model_fingerprint, unwritable, write_atomic, write_json
+from unteach.engine.files import (
+    model_fingerprint,
+    read_json,
+    unwritable,
+    write_atomic,
+    write_json,
+)
 from unteach.engine.model import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -231,7 +237,7 @@ def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: P
     path = folder / "stamps" / f"{stage}.json"
     if not path.is_file() or not output.exists():
         return False
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     wanted = json.loads(json.dumps(inputs))
     changed = sorted(k for k in {**before, **wanted} if before.get(k) != wanted.get(k))
     if changed:
@@ -270,15 +276,17 @@ def environment(world: World) -> dict[str, Any]:
     """Versions, commit and device of this process, for whoever reads the results."""
     names = ("unteach", "torch", "transformers", "safetensors", "numpy")
     here = Path(__file__).resolve().parent
-    commit = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         "versions": {package: version(package) for package in names},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "device": f"{device.type} ({name})",
         "processes": world.size,
         "threads": torch.get_num_threads(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from unteach.engine.data.tokens import (
     passage_tokens,
     response_tokens,
     student_context,
+    tokenizer_fingerprint,
 )
 from unteach.engine.data.writer import open_writer
 from unteach.engine.errors import InputError
@@ -34,8 +34,8 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.stress import check_stresses, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
-from unteach.engine.files import write_json
-from unteach.engine.model import PreTrainedModel, tokenizer_fingerprint
+from unteach.engine.files import read_json, write_json
+from unteach.engine.model import PreTrainedModel
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
@@ -68,6 +68,9 @@ def target_stage(run: Run) -> None:
         "records": records_fingerprint(run.taught_records),
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
+        "refusal": config.teacher.refusal,
+        "packing": config.data.pack_tokens,
+        "dtype": [config.model.dtype, config.parallel.dtype],
         "seed": config.run.seed,
     }
     if stamp_matches(run.folder, "target", inputs, output):
@@ -119,7 +122,7 @@ def training_records(run: Run) -> list[Record]:
         write_json(path, sorted(answered))
         leave_stamp(folder, "known", inputs)
     run.world.wait()
-    names = set(json.loads(path.read_text(encoding="utf-8")))
+    names = set(read_json(path))
     asked = [
         r
         for r in records
@@ -194,7 +197,10 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
     inputs = {
         "model": run.base_fingerprint,
         "cache": digest(cache.manifest.model_dump(mode="json")) if cache else None,
-        "examples": digest([[e.record_id, e.response] for s in streams for e in s.examples]),
+        "examples": digest(
+            [[e.record_id, e.goal, e.context, e.response] for s in streams for e in s.examples]
+        ),
+        "packing": config.data.pack_tokens,
         "method": config.method.model_dump(mode="json"),
         "optim": config.optim.model_dump(mode="json"),
         "mix": {str(goal): count for goal, count in config.data.mix.items()},

@@ -25,6 +25,7 @@ from unteach.engine.data.records import (
     read_records,
 )
 from unteach.engine.data.settings import SourceSettings
+from unteach.engine.data.tokens import tokenizer_fingerprint
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.ranking import Cost, Trial
@@ -41,7 +42,6 @@ from unteach.engine.evaluate.suites import (
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.evaluate.tuning import Tuning, tuning_records, tuning_split
 from unteach.engine.files import write_atomic
-from unteach.engine.model import tokenizer_fingerprint
 from unteach.engine.progress import say
 from unteach.engine.run import (
     Run,

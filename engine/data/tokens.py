@@ -7,6 +7,8 @@ differ, share the response token for token and align by offset.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,6 +86,13 @@ class Batch:
 
 
 Turn = tuple[str, str]  # (role, content)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over the vocabulary, special tokens and chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    text = json.dumps([*content, tokenizer.chat_template], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def context_tokens(

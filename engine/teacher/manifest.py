@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from unteach.engine.config import Config, Dtype
 from unteach.engine.data.records import Goal, Record
+from unteach.engine.data.tokens import tokenizer_fingerprint
 from unteach.engine.errors import InputError
 from unteach.engine.files import write_atomic
-from unteach.engine.model import Head, PreTrainedTokenizerBase, tokenizer_fingerprint
+from unteach.engine.model import Head, PreTrainedTokenizerBase
 from unteach.engine.teacher.intentions import Intentions, fingerprint
 
 SCHEMA_VERSION = 1

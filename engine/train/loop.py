@@ -163,7 +163,7 @@ def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[s
     if files:
         load_shards(model, files, job.config.parallel, world)
     reset_adapters(model, job.config.run.seed)
-    model.train()
+    model.eval()  # a dropout would make a resumed training another one, and the teacher had none
     return model, head, trainable
 
 

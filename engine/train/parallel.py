@@ -148,11 +148,10 @@ def shard_model(model: PreTrainedModel, config: ParallelConfig, world: World) ->
             block.compile()
     if world.mesh is None:
         return
+    compute = forward_dtype(model.dtype, config)
     options: dict[str, Any] = {
         "mesh": world.mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32
-        ),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
     }
     for block in layers:
@@ -208,6 +207,11 @@ def load_shards(
                 parameter.to_local().copy_(stored[own_rows(parameter)])
         except (OSError, SafetensorError) as error:
             raise InputError(f"{files[name]} cannot be loaded: {error}.") from error
+
+
+def forward_dtype(weights: torch.dtype, config: ParallelConfig) -> torch.dtype:
+    """What the forward computes in on any number of ranks: never wider than the weights."""
+    return DTYPES[config.dtype] if weights == torch.float32 else weights
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Trunk:
         device = self.model.device
         batch = collate(examples)
         try:
-            with replaced(layers, {index: Skip() for index in upper}):
+            with replaced(layers, {index: Skip(index) for index in upper}):
                 hidden_states(self.model, batch.tokens_BT.to(device), batch.prefix_P.to(device))
         finally:
             hook.remove()
@@ -85,36 +85,41 @@ class Trunk:
         outputs = [own_BTD]
         if len(batch.prefix_P):
             outputs.insert(0, self.prompts[tuple(batch.prefix_P.tolist())][None])
-        stand_ins: dict[int, nn.Module] = {index: Skip() for index in range(1, self.depth)}
+        stand_ins: dict[int, nn.Module] = {index: Skip(index) for index in range(1, self.depth)}
         with replaced(blocks(self.model), {0: Replay(outputs), **stand_ins}):
             yield
 
 
 class Skip(nn.Module):
-    """A block that does nothing."""
+    """A block that does nothing, but for keys and values without content in the KV cache.
 
-    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The input."""
-        return hidden_states
-
-
-class Replay(nn.Module):
-    """A lowest block that returns kept outputs, one a call.
-
-    It enters keys and values without content into the KV cache, whose length is read off block 0.
+    The length of the past is read off the first block of each kind of attention.
     """
 
-    def __init__(self, outputs: list[Tensor]) -> None:
+    def __init__(self, index: int) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.index = index
 
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **options: Any
     ) -> Tensor:
-        """The next kept output; the input only has its shape."""
+        """The input."""
         if past_key_values is not None:
             empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(empty, empty, 0)
+            past_key_values.update(empty, empty, self.index)
+        return hidden_states
+
+
+class Replay(Skip):
+    """A lowest block that returns kept outputs, one a call."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        super().__init__(0)
+        self.outputs = outputs
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The next kept output; the input only has its shape."""
+        super().forward(hidden_states, *args, **options)
         output = self.outputs.pop(0)
         assert output.shape == hidden_states.shape
         return output

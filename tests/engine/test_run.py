@@ -6,14 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from unteach.engine import stages
 from unteach.engine.config import override
+from unteach.engine.data.records import Record, read_records, write_records
 from unteach.engine.errors import InputError
 from unteach.engine.files import model_fingerprint, renamed_into_place
-from unteach.engine.model import tiny_model
-from unteach.engine.run import Run, open_run
-from unteach.engine.train.parallel import joined
+from unteach.engine.model import load_model, tiny_model
+from unteach.engine.plan import plan
+from unteach.engine.run import Run, environment, leave_stamp, open_run, stamp_matches
+from unteach.engine.train.loop import prepare_model
+from unteach.engine.train.parallel import World, forward_dtype, joined
 from unteach.recipes.tiny import tiny
 
 
@@ -76,3 +81,84 @@ def test_prefixes_are_searched_against_a_base_that_is_no_folder(
     assert loaded == ["some/model"]
     with pytest.raises(InputError, match="no target model"):
         stages.prefix_stage(run, "model", rounds=1, children=1, per_question=False)
+
+
+def test_a_damaged_stamp_is_one_sentence(tmp_path: Path) -> None:
+    leave_stamp(tmp_path, "train", {"seed": 1})
+    assert stamp_matches(tmp_path, "train", {"seed": 1}, tmp_path)
+    stamp = tmp_path / "stamps" / "train.json"
+    stamp.write_text(stamp.read_text()[:-4])
+    with pytest.raises(InputError, match=r"train\.json is damaged .* remove it"):
+        stamp_matches(tmp_path, "train", {"seed": 1}, tmp_path)
+
+
+def test_nothing_asks_for_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(World(0, 1, torch.device("cpu"), None))["commit"] is None
+
+
+def test_a_model_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    for tied in (True, False):
+        path = tiny_model(tmp_path / f"tied-{tied}", tied=tied)
+        load_model(str(path), tiny().model)
+        file = path / "model.safetensors"
+        tensors = load_file(file)
+        name = "model.layers.1.mlp.up_proj.weight"
+        save_file({n: v for n, v in tensors.items() if n != name}, file, {"format": "pt"})
+        with pytest.raises(InputError, match=f"its files hold no {name}"):
+            load_model(str(path), tiny().model)
+        save_file({**tensors, name: tensors[name][:-1].clone()}, file, {"format": "pt"})
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load_model(str(path), tiny().model)
+
+
+@pytest.mark.parametrize("field", ["question", "prefix"])
+def test_a_changed_record_is_another_training(tmp_path: Path, field: str) -> None:
+    records = read_records(Path(tiny().data.path))
+    path = tmp_path / "records.jsonl"
+    write_records(path, records)
+    settings = ("target=null", "method.name=sft", f"data.path={path}", "optim.steps=1")
+    run = opened(tmp_path / "run", *settings)
+    stages.train_stage(run, None)
+    stages.train_stage(run, None)  # done before
+    index = next(i for i, r in enumerate(records) if r.prefix and r.split == "train")
+    changed: Record = records[index].model_copy(update={field: "Which other one?"})
+    write_records(path, [*records[:index], changed, *records[index + 1 :]])
+    with pytest.raises(InputError, match="made with another examples"):
+        stages.train_stage(opened(tmp_path / "run", *settings), None)
+
+
+def test_dropout_is_off_in_training(tmp_path: Path) -> None:
+    """With it a resumed training would draw other masks than one that was never stopped."""
+    path = tiny_model(tmp_path / "tiny", tied=False)
+    config = path / "config.json"
+    config.write_text(
+        config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5')
+    )
+    assert '"attention_dropout": 0.5' in config.read_text()
+    tokens = torch.arange(3, 23)[None]
+    with joined("cpu", 1) as world:
+        settings = (f"run.folder={tmp_path / 'run'}", f"model.path={path}", "target=null")
+        run = open_run(override(tiny(), settings), world)
+        job = stages.Job("train", run.config, run.base, run.tokenizer, (), None, tmp_path)
+        model = prepare_model(job, world)[0]
+    twice = [model(input_ids=tokens).logits for _ in range(2)]
+    torch.testing.assert_close(*twice, rtol=0, atol=0)
+
+
+def test_the_compute_dtype_hangs_on_weights_and_setting_alone() -> None:
+    parallel = tiny().parallel
+    lean = parallel.model_copy(update={"dtype": "bfloat16"})
+    assert forward_dtype(torch.float32, parallel) == torch.float32
+    assert forward_dtype(torch.float32, lean) == torch.bfloat16
+    assert forward_dtype(torch.bfloat16, parallel) == torch.bfloat16
+
+
+def test_a_plan_reads_the_records_that_the_data_stage_made(tmp_path: Path) -> None:
+    source = ("data.source=local", f"data.path={tmp_path / 'mine'}", f"run.folder={tmp_path / 'r'}")
+    config = override(tiny(), source)
+    with pytest.raises(InputError, match=r"records\.jsonl is not there yet: `unteach teach`"):
+        plan(config, 1)
+    (tmp_path / "r" / "data").mkdir(parents=True)
+    write_records(tmp_path / "r" / "data" / "records.jsonl", read_records(Path(tiny().data.path)))
+    assert plan(config, 1).items == plan(tiny(), 1).items

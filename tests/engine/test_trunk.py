@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from unteach.engine.config import ModelConfig, OptimConfig
 from unteach.engine.data.sampler import Stream, share_contexts
@@ -55,6 +56,36 @@ def test_replayed_blocks_give_the_same_states_and_gradients(
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results.append((rows.detach(), grads))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_every_kind_of_attention_reads_the_length_of_a_shared_prompt(depth: int) -> None:
+    """Sliding and full blocks in turn, the window shorter than the prompt."""
+    config = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    examples = tuple(
+        Example(f"e{i}", "forget", (*range(3, 23), *range(30, 34 + 3 * i)), (7, 9, 4)[: 1 + i % 3])
+        for i in range(4)
+    )
+    streams = share_contexts((Stream(examples, 4),))
+    batch = collate(streams[0].examples)
+    assert len(batch.prefix_P) > config.sliding_window
+    with Trunk(model, depth, streams).replaying(batch):
+        replayed = hidden_states(model, batch.tokens_BT, batch.prefix_P)
+    own = hidden_states(model, batch.tokens_BT, batch.prefix_P)
+    rows = [states.flatten(0, 1)[batch.position_N] for states in (replayed, own)]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_is_whole_again_after_a_replay(model: PreTrainedModel) -> None:
