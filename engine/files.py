@@ -46,7 +46,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise InputError(unwritable(path, error)) from error
@@ -89,7 +89,7 @@ def renamed_into_place(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        _fsync_folder(folder.parent)
+        fsync_folder(folder.parent)
     except OSError as error:
         raise InputError(unwritable(folder, error)) from error
     finally:
@@ -102,7 +102,8 @@ def unwritable(path: Path, error: OSError) -> str:
     return f"{path} cannot be written ({reason}): free space or choose another run.folder."
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make a rename within a folder survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -89,6 +89,9 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
     sharded = gpus > 1 or config.parallel.cpu_offload
     parts = gpus // config.parallel.replicate if sharded else 1
     compute = forward_dtype(DTYPES[config.model.dtype], config.parallel)
+    method = find_method(config.method.name)
+    goals = len(method.terms) if method.combine else 1  # gradients that are kept apart
+    probes = method.own_rate and config.method.own_rate_every is not None
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _fake_model(path, config)
         choose_trainable(model, config.optim)
@@ -105,9 +108,11 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
         rows = len(batch.position_N)
         workspace = _workspace(rows, config.method.k, head_weight(model).shape[0])
         live = _step_bytes(config, model, batch, workspace, reduced=sharded)
+        probe = workspace + _probe_bytes(config, model, batch, reduced=sharded) if probes else 0
+    gradient = math.ceil(trained * stored / parts)
     items = {
         "weights": math.ceil(every * stored / parts),
-        "gradients": math.ceil(trained * stored / parts),
+        "gradients": goals * gradient,
         "optimiser": math.ceil(2 * trained * MOMENT_BYTES[config.optim.state] / parts),
         "activations": live.activations,
         "whole units": units,
@@ -115,12 +120,14 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
         **_teacher_bytes(config, model, rows, head_elements),
     }
     lean = config.optim.state != "float32" or config.model.dtype != "float32"
-    update = items["gradients"] + (8 * 4 * SLICE if lean else 0)
+    update = gradient + max(8 * 4 * SLICE if lean else 0, probe + units if probes else 0)
+    update += 2 * gradient if probes else 0  # the parameters before the step and after it
     held = items["weights"] + items["optimiser"] + items["teacher head"] + items["teacher rows"]
     if config.parallel.cpu_offload:
         held = items["teacher head"] + items["teacher rows"]
-        update = 0
-    step = live.peak + units + (items["gradients"] if sharded and update else 0)
+        gradient = update = 0
+    # Without FSDP2 the pass that was counted has one goal's gradient in it.
+    step = live.peak + units + (goals if sharded else goals - 1) * gradient
     return Plan(items, held + max(step, update))
 
 
@@ -205,6 +212,18 @@ def _step_bytes(
         loss: Tensor = _HeadStandIn.apply(hidden_ND, weight_VD, slots, workspace)
         loss.backward()
     return _Live(live.peak, activations)
+
+
+def _probe_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduced: bool) -> int:
+    """One forward pass of which nothing is kept, as an own rate's probe makes it."""
+    mixed = not reduced and config.parallel.dtype == "bfloat16"
+    with (
+        LiveBytes() as live,
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed),
+    ):
+        hidden_states(model, batch.tokens_BT, batch.prefix_P, batch.place_BT)
+    return live.peak
 
 
 def _fake_model(path: str, config: Config) -> PreTrainedModel:

@@ -1,5 +1,8 @@
 """Checkpoints by torch's DCP: written aside, renamed when whole, loadable on any world size.
 
+What makes one count is its file `complete`, written last and removed first: the step, the
+fingerprint, and size and sha256 of every file, which are checked before anything is loaded.
+
 Only what training changes is stored: trainable parameters and their optimiser state. Frozen
 parameters come from the base model, whose fingerprint the checkpoint carries. Every random choice
 of training is a function of seed and step, so the step number is all the rest of the state.
@@ -10,8 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
-from concurrent.futures import Future
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,19 +34,22 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from unteach.engine.errors import InputError
-from unteach.engine.files import write_json
+from unteach.engine.files import fsync_folder, sha256_of, write_json
 from unteach.engine.model import PreTrainedModel
+from unteach.engine.progress import say
 from unteach.engine.train.lora import is_adapter
 from unteach.engine.train.parallel import World
 
 COMPLETE = "complete"
 
+Files = dict[str, dict[str, Any]]  # name → bytes and sha256
+
 
 class Saver:
     """Writes `folder/step-0000NN` checkpoints of one run, each aside until it is whole.
 
-    In the background, weights and optimiser state are copied to host memory and written while
-    training goes on; the checkpoint counts from the step at which the write is seen to have ended.
+    In the background, weights and optimiser state are copied to host memory, written and hashed
+    while training goes on; the checkpoint counts from the step at which that is seen to have ended.
     """
 
     def __init__(
@@ -60,7 +66,8 @@ class Saver:
         # Its thread must not meet training's own reductions in the same group.
         spread = background and world.mesh is not None
         self._group = dist.new_group(backend="gloo") if spread else None
-        self._writing: tuple[int, Future[Any]] | None = None
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: tuple[int, Future[Files]] | None = None
 
     def save(
         self,
@@ -86,10 +93,10 @@ class Saver:
             if self.background:
                 future = async_save(state, process_group=self._group, **where)
                 assert isinstance(future, Future)
-                self._writing = (step, future)
+                self._writing = (step, self._hashing.submit(self._written, step, future))
                 return
             save(state, **where)
-        self._complete(step)
+            self._complete(step, self._written(step))
 
     def poll(self) -> None:
         """Complete the checkpoint in the background if its last byte is written.
@@ -115,19 +122,35 @@ class Saver:
         step, future = self._writing
         self._writing = None
         with self._one_sentence(step):
-            future.result()
-        # The coordinator's future ends after every rank's: rank 0 need not ask the others.
-        self._complete(step)
+            self._complete(step, future.result())
 
-    def _complete(self, step: int) -> None:
-        target = self._target(step)
-        if self.world.rank == 0:
-            partial = self._partial(step)
-            write_json(partial / COMPLETE, {"step": step, "fingerprint": self.fingerprint})
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            for old in finished_checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+    def _written(self, step: int, write: Future[Any] | None = None) -> Files:
+        """Every file of a checkpoint that all ranks have written; known to rank 0 alone."""
+        if write is not None:
+            # The coordinator's future ends after every rank's: rank 0 need not ask the others.
+            write.result()
+        if self.world.rank != 0:
+            return {}
+        return {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(self._partial(step).iterdir())
+        }
+
+    def _complete(self, step: int, files: Files) -> None:
+        if self.world.rank != 0:
+            return
+        target, partial = self._target(step), self._partial(step)
+        note = {"step": step, "fingerprint": self.fingerprint, "files": files}
+        write_json(partial / COMPLETE, note)
+        _remove(target)
+        partial.rename(target)
+        fsync_folder(self.folder)
+        found = finished_checkpoints(self.folder)
+        # Later steps are of a course that was given up because the newest was damaged.
+        kept = [path for path in found if path.name <= target.name][-self.keep :]
+        for path in found:
+            if path not in kept:
+                _remove(path)
 
     def _target(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -160,16 +183,16 @@ def resume(
     fingerprint: dict[str, Any],
     world: World,
 ) -> int:
-    """Load the newest checkpoint; return how many steps it has done, 0 without one.
+    """Load the newest undamaged checkpoint; return how many steps it has done, 0 without any.
 
     Raises:
-        InputError: the checkpoint belongs to another model, cache, data or setting.
+        InputError: the checkpoint belongs to another model, cache, data or setting; none is whole.
     """
     found = finished_checkpoints(folder)
     if not found:
         return 0
-    newest = found[-1]
-    note = json.loads((newest / COMPLETE).read_text(encoding="utf-8"))
+    newest = _newest_whole(folder, found, world)
+    note = _read_note(newest)
     stored = note["fingerprint"]
     changed = [key for key in {**stored, **fingerprint} if stored.get(key) != fingerprint.get(key)]
     if changed:
@@ -178,8 +201,14 @@ def resume(
             f"run.folder, or remove {folder} to train afresh."
         )
     state = _state(model, optimizer, trainable)
-    with _no_warning_alone():
-        load(state, checkpoint_id=newest, no_dist=world.mesh is None)
+    try:
+        with _no_warning_alone():
+            load(state, checkpoint_id=newest, no_dist=world.mesh is None)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise InputError(
+            f"Checkpoint {newest} cannot be loaded ({_root_cause(error)}): remove it to go on from "
+            "the one before."
+        ) from error
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return int(note["step"])
@@ -190,6 +219,51 @@ def model_state(model: PreTrainedModel) -> dict[str, Tensor]:
     state = get_model_state_dict(model)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {name: value for name, value in tensors.items() if not is_adapter(name)}
+
+
+def _newest_whole(folder: Path, found: Sequence[Path], world: World) -> Path:
+    """The newest checkpoint whose files are those that were written; rank 0 reads them for all."""
+    chosen = torch.zeros((), dtype=torch.int64)
+    if world.rank == 0:
+        for place, path in reversed([*enumerate(found, start=1)]):
+            fault = _fault(path)
+            if fault is None:
+                chosen += place
+                break
+            say(f"checkpoint: {path} is damaged ({fault}), so the one before it is tried")
+    place = int(world.reduced(chosen))
+    if not place:
+        raise InputError(f"Every checkpoint is damaged: remove {folder} to train afresh.")
+    return found[place - 1]
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint on disk, None where nothing is."""
+    try:
+        # A mark without the list, as version 0.1.0 wrote it, is taken at its word.
+        files: Files = _read_note(checkpoint).get("files", {})
+        for name, written in files.items():
+            path = checkpoint / name
+            if path.stat().st_size != written["bytes"] or sha256_of(path) != written["sha256"]:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror or error}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{COMPLETE} cannot be read"
+    return None
+
+
+def _read_note(checkpoint: Path) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    if checkpoint.name != f"step-{note['step']:06d}" or not isinstance(note["fingerprint"], dict):
+        raise ValueError(f"{checkpoint / COMPLETE} is of another checkpoint")
+    return note
+
+
+def _remove(checkpoint: Path) -> None:
+    """Its mark first: a kill halfway leaves nothing that counts as a checkpoint."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _state(

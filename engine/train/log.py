@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from unteach.engine.data.records import GOALS
 from unteach.engine.data.tokens import Batch
 from unteach.engine.errors import InputError
+from unteach.engine.files import unwritable, write_atomic
 from unteach.engine.train.parallel import World
 from unteach.engine.train.terms import MethodOutput
 
@@ -100,22 +100,31 @@ class FiniteGuard:
 
 
 class StepLog:
-    """train.jsonl: one line a logged step, the lines after a resumed step written anew."""
+    """train.jsonl: one line a logged step, the lines after a resumed step written anew.
+
+    Raises:
+        InputError: the disk is full; a line before the last is not one of ours.
+    """
 
     def __init__(self, path: Path, start: int, world: World) -> None:
         self.path, self.world = path, world
-        self.at, self.tokens = time.monotonic(), 0
+        self.at = time.monotonic()
+        self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # since the last line
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = [line for step, line in _whole_lines(path) if step <= start]
+            write_atomic(path, b"".join(line + b"\n" for line in kept))
+
+    def count(self, sums: StepSums) -> None:
+        """Take in the tokens of a step, logged or not, without asking the device for a number."""
+        self.tokens += sums.counts_2[0]
 
     def write(self, step: int, sums: StepSums, lr: float, norm: Tensor) -> float:
         """Append the line of a step that has just ended; returns its loss."""
         world = self.world
         loss = float(world.reduced(sums.loss))
         goals = world.reduced(sums.goals_G3).tolist()
-        tokens, fallback = world.reduced(sums.counts_2).tolist()
+        tokens, fallback = int(world.reduced(self.tokens)), int(world.reduced(sums.counts_2[1]))
         at = time.monotonic()
         rows = sum(count for _, count, _ in goals)
         line: dict[str, Any] = {"step": step, "loss": loss}
@@ -134,9 +143,13 @@ class StepLog:
             "fallback_rows": fallback,
         }
         self.at = at
+        self.tokens.zero_()
         if world.rank == 0:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise InputError(unwritable(self.path, error)) from error
         return loss
 
 
@@ -159,8 +172,17 @@ def reset_peak(device: torch.device) -> bool:
     return True
 
 
-def _whole_lines(path: Path) -> Sequence[str]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a log by their step, without a last one that a kill or a full disk cut short."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    found = []
+    for place, line in enumerate(lines[:-1], start=1):
+        try:
+            found.append((int(json.loads(line)["step"]), line))
+        except (ValueError, LookupError, TypeError) as error:
+            if place < len(lines) - 1:
+                raise InputError(
+                    f"{path}, line {place}: not a line of a training log; remove that line to go "
+                    "on."
+                ) from error
+    return found

@@ -131,6 +131,7 @@ def train(job: Job, world: World) -> Path:
             if cache is not None and step + 1 < optim.steps:
                 cache.announce(cached_rows(streams, config, world, step + 1))
 
+            log.count(sums)
             done, note = step + 1, ""
             if done % config.run.log_every == 0 or done == optim.steps:
                 guard.settle()

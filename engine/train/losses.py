@@ -2,7 +2,8 @@
 
 A `*_loss` is the published scalar with its own reduction. The `*_rows` beside it is the same
 formula before the mean, one value a row: the engine weighs and sums those, so that neither ranks
-nor micro-batches change a loss. The dtype that comes in is the dtype of the arithmetic.
+nor micro-batches change a loss. For FLAT alone the mean of those is another number than the
+published scalar: see `flat_loss`. The dtype that comes in is the dtype of the arithmetic.
 """
 
 from __future__ import annotations
@@ -143,7 +144,10 @@ def flat_loss(
 
     L = -g(P_e) + f*(g(P_f)),     P = mean over the batch of each answer's mean token probability
 
-    The sum falls apart into a part of each side, which is why sides may be batched apart.
+    The sum falls apart into a part of each side, which is why sides may be batched apart. The
+    engine takes f(P_b) of each record and then the mean, not f of the mean P as here, where f is
+    -g or f*∘g: a mean of P would have to be known over the whole step before its first backward.
+    Both are equal for a single record and where f is linear (the template side of kl and pearson).
 
     Args:
         template_prob_B: mean probability of the supervised tokens of each template answer.

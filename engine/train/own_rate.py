@@ -96,7 +96,9 @@ class OwnRate:
         self.optimizer.step()
         ahead = self._loss(kept)
         after = [p.detach().clone() for p in parameters]
-        _set(parameters, [2 * b - a for b, a in zip(before, after, strict=True)])
+        for b, a in zip(before, after, strict=True):
+            b.mul_(2).sub_(a)  # in place: a third copy would be the fullest moment of a step
+        _set(parameters, before)
         behind = self._loss(kept)
         _set(parameters, after)
         factor = next_rate(self.factor, ahead, here, behind)

@@ -1,6 +1,7 @@
 """Who computes what: process group, device mesh, FSDP2 sharding, weights read shard by shard.
 
-Launched by torchrun the model is sharded; in a single process the same code runs unsharded.
+Launched by torchrun, or by anything that sets what it sets, the model is sharded; in a single
+process the same code runs unsharded.
 """
 
 from __future__ import annotations
@@ -81,19 +82,26 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def joined(device_name: str, replicate: int) -> Iterator[World]:
-    """Join the process group that torchrun describes, or stand alone without one.
+    """Join the process group that the launcher describes, or stand alone without one.
 
     Raises:
-        InputError: the number of processes is no multiple of `replicate`.
+        InputError: the number of processes is no multiple of `replicate`, or the launcher has not
+            said all that joining takes.
     """
     device = pick_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in _joining(device) if name not in os.environ]
+    if size > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE is {size}, but {' and '.join(missing)} must be set too: start with "
+            "torchrun, or have the launcher set them for every process."
+        )
     if size % replicate:
         raise InputError(
             f"parallel.replicate is {replicate}, which does not divide {size} processes: start a "
             f"multiple of {replicate}, or set parallel.replicate=1."
         )
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if missing:
         yield World(0, 1, device, None)
         return
     if device.type == "cuda":
@@ -114,6 +122,13 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
         yield World(dist.get_rank(), size, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def _joining(device: torch.device) -> tuple[str, ...]:
+    """What torchrun sets and `env://` reads, and where there are several cards, which to take."""
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    several = device.type == "cuda" and torch.cuda.device_count() > 1
+    return (*names, "LOCAL_RANK") if several else names
 
 
 def check_parallel(config: ParallelConfig, world: World) -> None:

@@ -1,27 +1,34 @@
 """The student's own last top ids, kept beside the run: a guess that makes the next pass fast.
 
-Only speed depends on them. The cache is immutable, so they live in a sparse file of their own,
-keyed by cache row; where a row has none yet, the cache's ids of the unprompted teacher serve.
+Only speed depends on them. The cache is immutable, so they live in a file of their own, keyed by
+cache row; where a row has none yet, the cache's ids of the unprompted teacher serve.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unteach.engine.errors import InputError
+from unteach.engine.files import unwritable
+
 
 class SeedFile:
-    """int32 [rows, slots] on disk; 0 is "none yet", id + 1 otherwise."""
+    """int32 [rows, slots] on disk; 0 is "none yet", id + 1 otherwise.
+
+    Raises:
+        InputError: the disk has no room for all of it.
+    """
 
     def __init__(self, path: Path, rows: int, slots: int) -> None:
         size = rows * slots * 4
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.stat().st_size != size:
-            with path.open("wb") as stream:
-                stream.truncate(size)
+            _make_zeros(path, size)
         self._ids = np.memmap(path, dtype=np.int32, mode="r+", shape=(rows, slots))
         self._late: list[tuple[Tensor, Tensor, torch.cuda.Event | None]] = []
 
@@ -53,3 +60,15 @@ class SeedFile:
             if event is not None:
                 event.synchronize()  # of the call before: there is nothing left to wait for
             self._ids[rows.numpy(), : ids.shape[1]] = ids.numpy() + 1
+
+
+def _make_zeros(path: Path, size: int) -> None:
+    """All blocks at once: a disk that is full at a later write would be a SIGBUS, not an error."""
+    try:
+        with path.open("wb") as stream:
+            if size and hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(stream.fileno(), 0, size)
+            stream.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise InputError(unwritable(path, error)) from error

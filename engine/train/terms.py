@@ -226,12 +226,12 @@ def simnpo(rows: Rows, config: MethodConfig) -> MethodOutput:
 
 
 def flat_template(rows: Rows, config: MethodConfig) -> MethodOutput:
-    """FLAT's template side, record by record."""
+    """FLAT's template side of each record: mean_b of -g(P_b), not -g(mean_b P_b)."""
     return rows.weighted_records(flat_template_rows(_mean_prob(rows), config.flat_divergence))
 
 
 def flat_forget(rows: Rows, config: MethodConfig) -> MethodOutput:
-    """FLAT's forget side, record by record."""
+    """FLAT's forget side of each record: mean_b of f*(g(P_b)), not f*(g(mean_b P_b))."""
     return rows.weighted_records(flat_forget_rows(_mean_prob(rows), config.flat_divergence))
 
 

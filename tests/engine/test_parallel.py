@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,38 @@ def big_model(folder: Path, *, tied: bool) -> int:
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     export_model(model, tokenizer, model.state_dict(), folder)
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+JOIN = """
+import sys
+from pathlib import Path
+import torch
+from unteach.engine.errors import InputError
+from unteach.engine.train.parallel import joined
+try:
+    with joined("cpu", 1) as world:
+        total = int(world.reduced(torch.tensor(10 + world.rank)))
+        Path(sys.argv[1], f"rank{world.rank}").write_text(f"{world.size} {total}")
+except InputError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_processes_that_another_launcher_starts_join_or_are_refused(tmp_path: Path) -> None:
+    """What srun and mpirun scripts set: no torchrun, and once nobody says where to meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    met = {**clean, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", JOIN, str(tmp_path)]
+    ranks = [subprocess.Popen(command, env={**met, "RANK": str(rank)}) for rank in (0, 1)]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"rank0": "2 21", "rank1": "2 21"}
+    lost = {k: v for k, v in met.items() if not k.startswith("MASTER")}
+    done = subprocess.run(command, env=lost, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT must")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
 
-from unteach.benchmarks.bench_plan import live_peak
+from unteach.benchmarks.bench_plan import ALONE, live_peak
 from unteach.engine.config import override
-from unteach.engine.model import load_tokenizer, tiny_model
+from unteach.engine.data.tokens import Example, collate
+from unteach.engine.live_bytes import LiveBytes
+from unteach.engine.model import head_of, load_model, load_tokenizer, tiny_model
 from unteach.engine.plan import largest_batch, lines, plan, plan_batch
+from unteach.engine.train.optim import adamw
+from unteach.engine.train.own_rate import OwnRate
+from unteach.engine.train.parallel import LOSS_METHOD
+from unteach.engine.train.supervise import micro_batch, split_step, supervised_loss
+from unteach.engine.train.surgery import GoalGradients
 from unteach.recipes.tiny import tiny
 
 
@@ -24,6 +32,40 @@ def test_peak_of_a_real_step_is_the_planned_one(tmp_path: Path, mode: str, pack:
     assert (batch.place_BT is not None) == (pack != "null")
     planned = plan_batch(config, 1, path, batch).peak
     assert planned == pytest.approx(live_peak(config, path, batch), rel=0.02)
+
+
+def test_a_step_with_a_gradient_for_each_goal_and_a_probe_fits_into_its_plan(
+    tmp_path: Path,
+) -> None:
+    path = str(tiny_model(tmp_path / "tiny", tied=False))
+    config = override(tiny(), ["method.name=ngdiff", "method.own_rate_every=1"])
+    goals = ("forget", "general") * 3
+    examples = [
+        Example(str(i), goal, tuple(range(3, 9 + i)), (7, 8, 9), None, 0, "gold")
+        for i, goal in enumerate(goals)
+    ]
+    planned = plan_batch(config, 1, path, collate(examples))
+    model, tokenizer = load_model(path, config.model), load_tokenizer(path, config.model)
+    setattr(model, LOSS_METHOD, types.MethodType(supervised_loss, model.train()))
+    optimizer, head = adamw(model, config.optim), head_of(model, tokenizer)
+    own = OwnRate(config, model, optimizer, head, None, ALONE)
+    parts = split_step(examples, config.method)
+    with LiveBytes() as live:
+        for step in range(2):  # the second step has moments from the beginning
+            live.peak = live.now
+            surgery = GoalGradients(model, config.method, ALONE)
+            for part in parts:
+                batch = micro_batch(part.examples, part, config)
+                supervised_loss(model, batch, part, config.method, head, None, None).loss.backward()
+                surgery.keep()
+            surgery.combine()
+            own.step(step, parts[-1])
+            optimizer.zero_grad()
+    weights = planned.items["weights"]
+    assert planned.items["gradients"] == 2 * weights
+    assert 0.85 * planned.peak < weights + live.peak < planned.peak
+    mollm = plan_batch(override(config, ["method.name=mollm"]), 1, path, collate(examples))
+    assert mollm.items["gradients"] == 3 * weights
 
 
 def test_adapters_are_planned_as_they_are(tmp_path: Path) -> None:

@@ -32,6 +32,21 @@ def test_draw_depends_on_seed_and_step_alone() -> None:
     assert any(draw(streams, 3, s) != draw(streams, 4, s) for s in range(3))
 
 
+def test_drawing_never_walks_over_the_whole_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Example] = []
+
+    def watched(example: Example) -> int:
+        hashed.append(example)
+        return id(example)
+
+    monkeypatch.setattr(Example, "__hash__", watched)
+    rows = examples("a", 50)
+    for streams in ([Stream(rows, 4)], [Stream(rows, 4, steps=3)]):
+        again = [Stream(rows, 4, steps=streams[0].steps)]
+        assert [draw(streams, 1, s) for s in range(20)] == [draw(again, 1, s) for s in range(20)]
+    assert not hashed
+
+
 def test_streams_that_step_alone_share_the_run_by_their_steps() -> None:
     streams = [Stream(examples("a", 6), 3, steps=4), Stream(examples("b", 5), 5, steps=2)]
     run = [draw(streams, 2, step) for step in range(6)]

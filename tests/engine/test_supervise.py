@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from unteach.engine.config import Config, MethodConfig, override
 from unteach.engine.data.records import Record, read_records
 from unteach.engine.data.tokens import Example, collate, response_tokens, student_context
+from unteach.engine.errors import InputError
 from unteach.engine.files import model_fingerprint
 from unteach.engine.model import (
     PreTrainedModel,
@@ -143,6 +145,19 @@ def test_seed_file_gives_the_caches_ids_until_it_has_its_own(tmp_path: Path) -> 
         [0, 2, 5],
         [9, 1, -1],
     ]
+
+
+def test_seeds_take_their_room_at_once_or_are_refused(tmp_path: Path) -> None:
+    path, before = tmp_path / "seeds.bin", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"seeds\.bin cannot be written .*free space"):
+            SeedFile(path, 100, 50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not path.exists()
+    SeedFile(path, 100, 50)
+    assert path.stat().st_blocks * 512 >= path.stat().st_size == 20_000, "a sparse file"
 
 
 def written(name: str, logp: dict[str, list[Tensor]], reference: list[Tensor]) -> Tensor:
