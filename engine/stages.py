@@ -32,8 +32,8 @@ from unteach.engine.evaluate.report import (
     write_report,
     write_summary,
 )
-from unteach.engine.evaluate.stress import check_stresses, stressed
-from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
+from unteach.engine.evaluate.stress import check_evaluation, stressed
+from unteach.engine.evaluate.suites import evaluate, known, protocol_hash
 from unteach.engine.files import write_json
 from unteach.engine.model import PreTrainedModel, tokenizer_fingerprint
 from unteach.engine.progress import say
@@ -51,6 +51,7 @@ _REFUSED_PASSAGE = ("refusal", "passage")
 
 def run_all(run: Run) -> None:
     """The whole walk; finished stages are skipped, killed ones go on."""
+    check_evaluation(run.config, run.records)
     target_stage(run)
     train_stage(run, training_cache(run))
     evaluate_stage(run)
@@ -296,17 +297,18 @@ def evaluate_stage(run: Run) -> None:
     if not (trained / "config.json").is_file():
         raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
     if run.world.rank == 0:
-        mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
-        check_stresses(run.config, run.records)
+        mmlu = check_evaluation(run.config, run.records)
         config, words = run.config, tokenizer_fingerprint(run.tokenizer)
         protocol = protocol_hash(config, run.records, mmlu, words)
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
         for role, path in roles:
             weights = run.fingerprint(path)
             result = cached_evaluation(run.folder, role, protocol, weights)
-            if result is not None:
+            if result is not None and not result.unjudged:
                 say(f"evaluate {role}: done before, skipped")
             else:
+                if result is not None:
+                    say(f"evaluate {role}: {result.unjudged} answers are unjudged, asked again")
                 run.remember()
                 model = run.load(path, "float32")
                 result = evaluate(

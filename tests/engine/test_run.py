@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from unteach.engine import stages
+from unteach.engine.compare import compare
 from unteach.engine.config import override
 from unteach.engine.errors import InputError
 from unteach.engine.files import model_fingerprint, renamed_into_place
 from unteach.engine.model import tiny_model
 from unteach.engine.run import Run, open_run
+from unteach.engine.study import Factor, study
 from unteach.engine.train.parallel import joined
 from unteach.recipes.tiny import tiny
 
@@ -39,6 +41,35 @@ def test_a_model_where_the_run_writes_its_own_is_refused_untouched(
 def test_no_model_there_is_one_sentence(tmp_path: Path, path: str) -> None:
     with pytest.raises(InputError, match=r"no \.gguf file: give one of these"):
         opened(tmp_path, f"model.path={path}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("data.mmlu=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("evaluate.option_sentence=It is", "option_sentence"),
+        ("evaluate.attack_judge=llm", "evaluate.judge_url"),
+        ("evaluate.searched_prefixes=nowhere.txt", "nowhere.txt cannot be read"),
+        ("evaluate.open_questions=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ('evaluate.extra_records={"x": "nowhere.jsonl"}', "nowhere.jsonl cannot be read"),
+        ("evaluate.few_shot=9", "asks for 9 examples"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_taught(
+    tmp_path: Path, setting: str, part: str
+) -> None:
+    with pytest.raises(InputError, match=part):
+        stages.run_all(opened(tmp_path, setting))
+    assert not (tmp_path / "target").exists()
+
+
+def test_trials_are_refused_before_anything_is_taught(tmp_path: Path) -> None:
+    run = opened(tmp_path, "evaluate.attack_judge=llm")
+    with pytest.raises(InputError, match=r"evaluate\.judge_url"):
+        compare(run, ["sft"], 1, [1e-3])
+    with pytest.raises(InputError, match=r"evaluate\.judge_url"):
+        study(run, [Factor("k", {"2": ("method.k=2",)})], 1, "test")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_hub_model_of_another_revision_is_another_model() -> None:
