@@ -44,6 +44,7 @@ from unteach.engine.teacher.manifest import cache_fingerprints, read_manifest
 from unteach.engine.teacher.verify import verify_cache
 from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
+from unteach.engine.train.optim import check_trainable
 from unteach.engine.train.target import target_config, target_streams
 
 _REFUSED_PASSAGE = ("refusal", "passage")
@@ -61,6 +62,7 @@ def run_all(run: Run) -> None:
 def target_stage(run: Run) -> None:
     """Teach the records' facts to the model that will then unlearn them."""
     config = run.config
+    check_trainable(config, run.origin)
     if config.target is None:
         return
     output = run.folder / "target" / "model"
@@ -354,7 +356,11 @@ def report_stage(run: Run) -> None:
     """Write report.md, report.html, the pictures, and the scores into the model card."""
     if run.world.rank == 0:
         summary = write_report(run.folder)
-        write_model_card(run.folder / "model", run.config, summary)
+        model = run.folder / "model"
+        if model.is_dir():
+            write_model_card(model, run.config, summary)
+        else:
+            say(f"report: {model} is gone, so no model card is written")
         say(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")
     run.world.wait()
 

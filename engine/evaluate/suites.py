@@ -123,8 +123,8 @@ def judged(settings: EvaluateConfig, samples: list[Sample]) -> list[Sample]:
             sample["llm"] = leaked
         if unjudged := verdicts.count(None):
             say(
-                f"llm judge: {unjudged} of {len(verdicts)} answers are unjudged: {settings.judge_url} "
-                "gave no verdict on them"
+                f"llm judge: {unjudged} of {len(verdicts)} answers are unjudged: "
+                f"{settings.judge_url} gave no verdict on them"
             )
     for sample in attacks:
         leaked = sample[settings.attack_judge]

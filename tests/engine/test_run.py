@@ -11,6 +11,7 @@ from unteach.engine import stages
 from unteach.engine.compare import compare
 from unteach.engine.config import override
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.card import write_model_card
 from unteach.engine.files import model_fingerprint, renamed_into_place
 from unteach.engine.model import tiny_model
 from unteach.engine.run import Run, open_run
@@ -61,6 +62,54 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_taught(
     with pytest.raises(InputError, match=part):
         stages.run_all(opened(tmp_path, setting))
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (("target.trainable=(",), r"target\.trainable '\(' is no pattern"),
+        (("target.trainable=nothing",), r"target\.trainable 'nothing' matches no parameter"),
+        (("optim.trainable=nothing",), r"optim\.trainable 'nothing' matches no parameter"),
+        (("optim.trainable=.*norm.*", "optim.lora_rank=2"), "no linear layer"),
+        (("optim.trainable=nothing", "target=null"), r"optim\.trainable 'nothing' matches no"),
+    ],
+)
+def test_a_pattern_that_trains_nothing_is_refused_before_anything_is_made(
+    tmp_path: Path, settings: tuple[str, ...], part: str
+) -> None:
+    with pytest.raises(InputError, match=part):
+        stages.run_all(opened(tmp_path, *settings))
+    assert not (tmp_path / "target").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_report_is_written_where_the_model_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "write_report", lambda folder: {})
+    stages.report_stage(opened(tmp_path))
+    said = capsys.readouterr().out
+    assert "model is gone, so no model card" in said and "report.html" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("bitopk", "to refuse one topic, to answer beside it and to do the same behind attack"),
+        ("sft", "to refuse one topic, to answer beside it and to do the same behind attack"),
+        ("ga", "away from its answers on one topic"),
+        ("npo", "away from its answers on one topic and to answer beside it"),
+        ("flat", "away from its answers on one topic and to refuse one topic"),
+        ("mollm", "away from its answers on one topic, to answer beside it and to do the same"),
+    ],
+)
+def test_the_model_card_says_what_its_method_does(tmp_path: Path, method: str, words: str) -> None:
+    config = override(tiny(), [f"method.name={method}"])
+    score = {"value": 1.0, "low": 0.0, "high": 2.0, "n": 3}
+    sides = {"base": {"forget": score}, "model": {"forget": score}}
+    write_model_card(tmp_path, config, {**sides, "overall": 0.0, "protocol": "p"})
+    card = " ".join((tmp_path / "README.md").read_text(encoding="utf-8").split())
+    assert f"it was trained {words}" in card
+    assert ("refuse" in card) is (method in ("bitopk", "sft", "flat"))
 
 
 def test_trials_are_refused_before_anything_is_taught(tmp_path: Path) -> None:
