@@ -40,14 +40,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, None outside a checkout."""
+    """The checkout's commit, None outside a checkout and where git is not installed."""
     here = str(Path(__file__).resolve().parent)
-    done = subprocess.run(
-        ["git", "-C", here, "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "-C", here, "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 

@@ -45,8 +45,9 @@ def compare(
     check_rows(run, names)
     if stress:
         check_stressed(run)
-    target_stage(run)
     table = Comparison(run, stress)
+    table.check_split("test")
+    target_stage(run)
     base = table.prompted("base", "test")
     first, ranked = run.config.run.seed, []
     for name in names:

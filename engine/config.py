@@ -6,7 +6,6 @@ keeps, and `override` applies the command line's `--set section.key=value`.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from unteach.engine.config_tree import bad_value, put, unreadable, wanted_texts
 from unteach.engine.data.records import GOALS, Form, Goal
 from unteach.engine.data.settings import SourceSettings, StandardizeConfig, WriterConfig
 from unteach.engine.errors import InputError
@@ -26,6 +26,7 @@ Attention = Literal[
     "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
 Response = Literal["teacher", "gold", "refusal", "own"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 RESPONSES: dict[Goal, Response] = {
     "forget": "teacher",
     "general": "gold",
@@ -148,7 +149,7 @@ class MethodConfig(Section):
     reduction: Literal["position", "record"] = Field(
         "position", description="the loss is a mean over positions, or over records"
     )
-    weights: dict[Goal, float] = Field(
+    weights: dict[Goal, Annotated[float, Field(ge=0)]] = Field(
         dict.fromkeys(GOALS, 1.0), description="loss weight of each goal; 1 where left out"
     )
     npo_beta: float = Field(0.1, gt=0, description="inverse temperature of npo")
@@ -169,7 +170,10 @@ class MethodConfig(Section):
     @field_validator("weights")
     @classmethod
     def _every_goal(cls, value: dict[Goal, float]) -> dict[Goal, float]:
-        return {**dict.fromkeys(GOALS, 1.0), **value}
+        weights = {**dict.fromkeys(GOALS, 1.0), **value}
+        if not any(weights.values()):
+            raise ValueError("some goal must weigh more than 0")
+        return weights
 
 
 class OptimConfig(Section):
@@ -179,7 +183,7 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="learning rate after the warm-up, down to zero"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW moments")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     state: Literal["float32", "bfloat16", "8bit"] = Field(
         "float32", description="dtype of AdamW's moments; 8bit needs torchao"
@@ -310,7 +314,7 @@ def load_config(path: Path) -> Config:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as a config: {error}.") from error
+        raise InputError(unreadable(path, error)) from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds no mapping of config sections.")
     return validated(tree)
@@ -328,6 +332,7 @@ def override(config: Config, settings: Sequence[str]) -> Config:
         InputError: a setting without `=`, an unknown key (the nearest name is given), a bad value.
     """
     tree = config.model_dump(mode="python")
+    names, numbers = list(key_names()), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -336,7 +341,14 @@ def override(config: Config, settings: Sequence[str]) -> Config:
             value = json.loads(text)
         except ValueError:
             value = text
-        _put(tree, name.split("."), value, name)
+        put(tree, name, value, names)
+        if isinstance(value, int | float):
+            numbers[name] = text
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:  # a folder called 2024, a revision of digits
+        for name in wanted_texts(error) & numbers.keys():
+            put(tree, name, numbers[name], names)
     return validated(tree)
 
 
@@ -345,7 +357,7 @@ def validated(tree: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_sentence(error)) from error
+        raise InputError(bad_value(error, list(key_names()))) from error
     if config.teacher.top < config.method.k:
         raise InputError(
             f"teacher.top is {config.teacher.top} and method.k is {config.method.k}: the cache "
@@ -361,38 +373,3 @@ def key_names() -> Iterator[str]:
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from (f"{section}.{key}" for key in kind.model_fields)
-
-
-def _put(tree: dict[str, Any], parts: list[str], value: Any, name: str) -> None:
-    section, *rest = parts
-    if len(parts) == 1 and section == "target" and value is None:
-        tree["target"] = None
-        return
-    if f"{section}.{rest[0] if rest else ''}" not in set(key_names()):
-        raise InputError(_unknown(name))
-    node = tree[section]
-    if node is None:
-        node = tree[section] = {}
-    for part in rest[:-1]:
-        if not isinstance(node.get(part), dict):
-            raise InputError(_unknown(name))
-        node = node[part]
-    node[rest[-1]] = value
-
-
-def _unknown(name: str) -> str:
-    names = list(key_names())
-    last = name.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6) or [
-        full for full in names if difflib.get_close_matches(last, [full.split(".")[1]], cutoff=0.75)
-    ]
-    hint = f"; did you mean {near[0]}?" if near else "; `unteach run --help` shows where to look."
-    return f"There is no config key {name}{hint}"
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(name)
-    return f"Config key {name}: {first['msg']}, not {first.get('input')!r}."

@@ -13,11 +13,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -66,6 +69,15 @@ def _silent(count: int, note: str = "") -> None:
     """Other ranks show nothing."""
 
 
+class _Rate(ProgressColumn):
+    """Units a second of this process, as in the plain lines."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing before the first unit is done."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
+
+
 def _bar(console: Console, unit: str) -> Progress:
     return Progress(
         SpinnerColumn(),
@@ -73,6 +85,7 @@ def _bar(console: Console, unit: str) -> Progress:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn(unit),
+        _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),

@@ -1,4 +1,4 @@
-"""The base of every config section: frozen, nothing unknown, defaults checked like the rest."""
+"""The base of every config section: frozen, nothing unknown, no default unchecked, no infinity."""
 
 from __future__ import annotations
 
@@ -6,4 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )

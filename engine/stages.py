@@ -32,8 +32,8 @@ from unteach.engine.evaluate.report import (
     write_report,
     write_summary,
 )
-from unteach.engine.evaluate.stress import check_stresses, stressed
-from unteach.engine.evaluate.suites import evaluate, known, protocol_hash, read_mmlu
+from unteach.engine.evaluate.stress import check_evaluation, stressed
+from unteach.engine.evaluate.suites import evaluate, known, protocol_hash
 from unteach.engine.files import read_json, write_json
 from unteach.engine.model import PreTrainedModel
 from unteach.engine.progress import say
@@ -44,6 +44,7 @@ from unteach.engine.teacher.manifest import cache_fingerprints, read_manifest
 from unteach.engine.teacher.verify import verify_cache
 from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
+from unteach.engine.train.optim import check_trainable
 from unteach.engine.train.target import target_config, target_streams
 
 _REFUSED_PASSAGE = ("refusal", "passage")
@@ -51,6 +52,7 @@ _REFUSED_PASSAGE = ("refusal", "passage")
 
 def run_all(run: Run) -> None:
     """The whole walk; finished stages are skipped, killed ones go on."""
+    check_evaluation(run.config, run.records)
     target_stage(run)
     train_stage(run, training_cache(run))
     evaluate_stage(run)
@@ -60,6 +62,7 @@ def run_all(run: Run) -> None:
 def target_stage(run: Run) -> None:
     """Teach the records' facts to the model that will then unlearn them."""
     config = run.config
+    check_trainable(config, run.origin)
     if config.target is None:
         return
     output = run.folder / "target" / "model"
@@ -302,17 +305,18 @@ def evaluate_stage(run: Run) -> None:
     if not (trained / "config.json").is_file():
         raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
     if run.world.rank == 0:
-        mmlu = read_mmlu(Path(run.config.data.mmlu)) if run.config.data.mmlu else None
-        check_stresses(run.config, run.records)
+        mmlu = check_evaluation(run.config, run.records)
         config, words = run.config, tokenizer_fingerprint(run.tokenizer)
         protocol = protocol_hash(config, run.records, mmlu, words)
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
         for role, path in roles:
             weights = run.fingerprint(path)
             result = cached_evaluation(run.folder, role, protocol, weights)
-            if result is not None:
+            if result is not None and not result.unjudged:
                 say(f"evaluate {role}: done before, skipped")
             else:
+                if result is not None:
+                    say(f"evaluate {role}: {result.unjudged} answers are unjudged, asked again")
                 run.remember()
                 model = run.load(path, "float32")
                 result = evaluate(
@@ -358,7 +362,11 @@ def report_stage(run: Run) -> None:
     """Write report.md, report.html, the pictures, and the scores into the model card."""
     if run.world.rank == 0:
         summary = write_report(run.folder)
-        write_model_card(run.folder / "model", run.config, summary)
+        model = run.folder / "model"
+        if model.is_dir():
+            write_model_card(model, run.config, summary)
+        else:
+            say(f"report: {model} is gone, so no model card is written")
         say(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")
     run.world.wait()
 

@@ -38,6 +38,7 @@ def study(run: Run, factors: Sequence[Factor], seeds: int, split: Split) -> None
         InputError: a level that cannot be trained or scored, before anything runs.
     """
     trials = Trials(run, "study")
+    trials.check_split(split)
     planned = [(factor.name, *planned_levels(trials, factor)) for factor in factors]
     distinct = {digest for *_, digests in planned for digest in digests}
     say(f"study: {len(distinct)} trainings of {seeds} seed(s), scored on split {split}")

@@ -34,6 +34,7 @@ from unteach.engine.evaluate.scores import DIRECTIONS, Score, overall
 from unteach.engine.evaluate.stress import stressed
 from unteach.engine.evaluate.suites import (
     Evaluation,
+    check_questions,
     evaluate,
     protocol_hash,
     read_mmlu,
@@ -87,6 +88,12 @@ class Trials:
             self.folder.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(self.path)
         self.world.wait()
+
+    def check_split(self, split: Split) -> None:
+        """Refuse questions that cannot be scored, before the first training begins."""
+        config, records, mmlu = self.tests[split]
+        check_questions(config.evaluate, records, mmlu)
+        self._protocol(split)  # reads every file that the scores hang on
 
     def prompted(self, name: Prompted, split: Split) -> Trial:
         """The model as it is (`base`), or behind intentions: scored without training."""
@@ -224,6 +231,11 @@ class Trials:
         config, records, mmlu = self.tests[split]
         load, words = partial(self.run.load, path, "float32"), self.run.tokenizer
         found = evaluate(config, load(), words, records, mmlu=mmlu, title=title, told=told)
+        if found.unjudged and "attack" not in found.scores:
+            raise InputError(
+                f"{config.evaluate.judge_url} judged no attack of {title}: see that the judge "
+                "answers, then give the same command again."
+            )
         return stressed(config, load, words, records, found) if stress else found
 
     def _row(self, name: str, split: Split, inputs: str, scored: Evaluation) -> Trial:

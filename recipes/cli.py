@@ -170,10 +170,13 @@ def bench(
         "linear_topk": bench_linear_topk.main,
         "linear_logprob": bench_linear_logprob.main,
     }
+    options = context.args
+    if kernel is not None and kernel.startswith("-"):  # the name was left out
+        kernel, options = None, [kernel, *options]
     if kernel is not None and kernel not in benchmarks:
         raise InputError(f"There is no benchmark {kernel}: choose {', '.join(benchmarks)}.")
     for name in [kernel] if kernel else benchmarks:
-        benchmarks[name](context.args)
+        benchmarks[name](options)
 
 
 @app.command()

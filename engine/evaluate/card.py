@@ -8,6 +8,7 @@ from typing import Any
 
 from unteach.engine.config import Config
 from unteach.engine.files import write_atomic
+from unteach.engine.train.methods import find_method
 
 CARD = """---
 library_name: transformers
@@ -16,9 +17,8 @@ tags: [unlearning, unteach]
 
 # An unlearned model
 
-Made from `{base}` by unteach, method `{method}`: it was trained to refuse one topic, to answer
-beside it, and to refuse under attack prefixes. Refusing is not deleting: do not rely on it alone
-where a leak would do harm.
+Made from `{base}` by unteach, method `{method}`: it was trained {trained}.
+What a model no longer says is not deleted: do not rely on it alone where a leak would do harm.
 
 | score | base | this model | n |
 | --- | --- | --- | --- |
@@ -42,11 +42,26 @@ def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -
     text = CARD.format(
         base=config.model.path,
         method=config.method.name,
+        trained=what_was_trained(config),
         rows="\n".join(rows),
         overall=summary["overall"],
         protocol=str(summary["protocol"])[:12],
     )
     write_atomic(folder / "README.md", text.encode())
+
+
+def what_was_trained(config: Config) -> str:
+    """What the method did with each goal that it was given records of."""
+    method = find_method(config.method.name)
+    goals = [goal for goal in method.goals if config.data.mix.get(goal, 0)]
+    # Nobody asks for gold answers to forget but a method that pushes them away.
+    pushed = method.fixes("forget") and "gold" in method.sources("forget", config.teacher)
+    refused = "refusal" in method.sources("forget", config.teacher) or not pushed
+    done = ["away from its answers on one topic"] if pushed else []
+    done += ["to refuse one topic"] if refused else []
+    done += ["to answer beside it"] if {"general", "neighbor"} & set(goals) else []
+    done += ["to do the same behind attack prefixes"] if "attack" in goals else []
+    return ", ".join(done[:-1]) + " and " + done[-1] if len(done) > 1 else done[0]
 
 
 def _cell(score: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ Summary = dict[str, Any]
 def write_evaluation(
     run_folder: Path, evaluation: Evaluation, role: Role, protocol: str, weights: str
 ) -> None:
-    """Store one model's evaluation; with the second one come summary.json and samples.jsonl.
+    """Store one model's evaluation; `write_summary` joins it with the other one.
 
     Args:
         protocol: from `protocol_hash`.
@@ -47,12 +47,8 @@ def write_evaluation(
             "samples": evaluation.samples,
         },
     )
-    other = folder / ("model.json" if role == "base" else "base.json")
-    if other.is_file() and _stored(other)["protocol"] == protocol:
-        write_summary(run_folder)
-    else:
-        for name in ("summary.json", "samples.jsonl"):  # of an earlier protocol
-            (folder / name).unlink(missing_ok=True)
+    for name in ("summary.json", "samples.jsonl"):  # of what was stored before
+        (folder / name).unlink(missing_ok=True)
 
 
 def cached_evaluation(
@@ -208,7 +204,22 @@ def _scores(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    return _read(path, ("protocol", "weights", "scores", "extra", "samples"))
+    value = _read(path, ("protocol", "weights", "scores", "extra", "samples"))
+    for part in ("scores", "extra"):
+        for name, score in value[part].items():
+            if not _is_score(score):
+                raise InputError(
+                    f"{path} is damaged (its score {name} is {score!r}): remove it and evaluate "
+                    "again."
+                )
+    return value
+
+
+def _is_score(value: Any) -> bool:
+    """Whether it has the numbers of a `Score`, and nothing else."""
+    names = {field.name for field in fields(Score)}
+    whole = isinstance(value, dict) and set(value) == names
+    return whole and all(isinstance(number, int | float) for number in value.values())
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -110,10 +110,10 @@ def overall(model: Mapping[str, Score], base: Mapping[str, Score]) -> Overall:
     for name in DIRECTIONS:
         if (name in model) != (name in base):
             side = "base" if name in model else "model"
-            raise InputError(
-                f"The {side} has no {name} score and the other side has one: evaluate both with "
-                "the same evaluate.goals and data.mmlu."
-            )
+            why = "evaluate both with the same evaluate.goals and data.mmlu"
+            if name == "attack":  # all else being alike, an LLM judge was out of reach
+                why = "see that the judge at evaluate.judge_url answers, then evaluate again"
+            raise InputError(f"The {side} has no {name} score and the other side has one: {why}.")
     shared = [name for name in DIRECTIONS if name in model]
     if not shared:
         raise InputError(f"Overall needs a score of {', '.join(DIRECTIONS)}; there is none.")

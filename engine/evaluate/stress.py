@@ -33,9 +33,12 @@ from unteach.engine.evaluate.reach import read_unseen, unseen_questions
 from unteach.engine.evaluate.scores import Score, auc, is_held_out, mean, trained_facts
 from unteach.engine.evaluate.suites import (
     Evaluation,
+    Rows,
     Sample,
+    check_questions,
     check_tests,
     evaluate,
+    read_mmlu,
     tested_records,
     trained_forget,
 )
@@ -74,6 +77,20 @@ def stressed(
     return replace(found, extra=extra, samples=samples)
 
 
+def check_evaluation(config: Config, records: Sequence[Record]) -> Rows | None:
+    """Refuse what an evaluation cannot use, before anything is loaded or trained.
+
+    Returns:
+        The MMLU rows; None where they are not scored.
+    Raises:
+        InputError: a file, a record, a judge or a stress that cannot be used.
+    """
+    mmlu = read_mmlu(Path(config.data.mmlu)) if config.data.mmlu else None
+    check_questions(config.evaluate, records, mmlu)
+    check_stresses(config, records)
+    return mmlu
+
+
 def check_stresses(config: Config, records: Sequence[Record]) -> None:
     """Refuse a stress that cannot be measured, before anything is loaded.
 
@@ -82,9 +99,9 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
     """
     settings = config.evaluate
     for name, path in settings.extra_records.items():
-        extra_records(name, path)
+        extra_records(f"evaluate.extra_records.{name}", path)
     if settings.holdout is not None:
-        extra_records("holdout", settings.holdout)
+        extra_records("evaluate.holdout", settings.holdout)
     read_unseen(settings.open_questions, records)
     if settings.relearn_steps or settings.holdout is not None:
         trained_records(records)
@@ -174,7 +191,8 @@ def _other_files(
     found: dict[str, Score] = {}
     samples: list[Sample] = []
     for title, path in config.evaluate.extra_records.items():
-        asked, name = extra_records(title, path), f"forget_file_{title}"
+        asked = extra_records(f"evaluate.extra_records.{title}", path)
+        name = f"forget_file_{title}"
         result = _forget_alone(config, load(), tokenizer, asked, title)
         found[name] = result.scores["forget"]
         samples += [{**sample, "suite": name} for sample in result.samples]
@@ -186,7 +204,7 @@ def _membership(
 ) -> Found:
     if config.evaluate.holdout is None:
         return {}, []
-    outside = extra_records("holdout", config.evaluate.holdout)
+    outside = extra_records("evaluate.holdout", config.evaluate.holdout)
     model = load()
     members = min_k_scores(model, tokenizer, trained_records(records))
     return {"min_k_auc": auc(members, min_k_scores(model, tokenizer, outside))}, []
@@ -280,17 +298,22 @@ def relearn_(
         optimizer.step()
 
 
-def extra_records(name: str, path: str) -> list[Record]:
+def extra_records(key: str, path: str) -> list[Record]:
     """Questions of a file of their own, whatever split it calls them.
 
+    Args:
+        key: of the config, which names the file.
     Raises:
         InputError: the file cannot be read, or holds anything but forget questions with an answer.
     """
-    records = read_records(Path(path))
+    try:
+        records = read_records(Path(path))
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
     for record in records:
         if record.goal != "forget" or record.form != "qa" or not record.golds:
             raise InputError(
-                f"{path} ({name}): record {record.id!r} is no forget question with a gold answer."
+                f"{key}: {path}: record {record.id!r} is no forget question with a gold answer."
             )
     return [record.model_copy(update={"split": "test"}) for record in records]
 

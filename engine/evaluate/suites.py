@@ -41,10 +41,12 @@ from unteach.engine.evaluate.scores import (
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.files import sha256_of
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
-from unteach.engine.progress import progress
+from unteach.engine.progress import progress, say
 
 # Raise it with every change of the code that can move a score: it is part of the protocol.
 SCORING_VERSION = 1
+# Settings that move no score: of a file of prefixes the content counts, wherever it lies.
+UNMOVING = ("searched_prefixes", "judge_timeout_s", "judge_key_file")
 Sample = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
@@ -56,6 +58,11 @@ class Evaluation:
     scores: dict[str, Score]
     extra: dict[str, Score]
     samples: list[Sample]
+
+    @property
+    def unjudged(self) -> int:
+        """How many answers the judge gave no verdict on."""
+        return sum(sample["score"] is None for sample in self.samples)
 
 
 def evaluate(
@@ -79,10 +86,8 @@ def evaluate(
         InputError: a goal without test records, or a record that its suite cannot score.
     """
     settings = config.evaluate
+    check_questions(settings, records, mmlu)
     tested = tested_records(settings, records)
-    check_tests(settings, tested, records)
-    if mmlu is not None:
-        check_mmlu(mmlu)
     prefixes = attack_prefixes(records) if settings.prefixed else []
     asks = asks_of(tested, prefixes)
     contexts = [ask.context(tokenizer, told) for ask in asks]
@@ -116,6 +121,11 @@ def judged(settings: EvaluateConfig, samples: list[Sample]) -> list[Sample]:
             verdicts = judge_all(settings, questions, advance)
         for sample, leaked in zip(attacks, verdicts, strict=True):
             sample["llm"] = leaked
+        if unjudged := verdicts.count(None):
+            say(
+                f"llm judge: {unjudged} of {len(verdicts)} answers are unjudged: "
+                f"{settings.judge_url} gave no verdict on them"
+            )
     for sample in attacks:
         leaked = sample[settings.attack_judge]
         sample["score"] = None if leaked is None else 100.0 * leaked
@@ -205,31 +215,35 @@ def protocol_hash(
     """
     settings, trained = config.evaluate, trained_facts(records)
     tested = sorted(tested_records(settings, records), key=lambda record: record.id)
-    named = [*settings.extra_records.values(), settings.holdout]
+    named = {f"evaluate.extra_records.{n}": path for n, path in settings.extra_records.items()}
+    named |= {"evaluate.holdout": settings.holdout} if settings.holdout else {}
+    unset = {name: EvaluateConfig.model_fields[name].default for name in UNMOVING}
+    asked = settings.model_copy(update=unset)
     shown = settings.few_shot or settings.relearn_steps or settings.holdout
     content = {
         "version": SCORING_VERSION,
-        "evaluate": settings.model_dump(mode="json", exclude={"open_questions"}),
+        "evaluate": asked.model_dump(mode="json", exclude={"open_questions"}),
         "records": [[r.model_dump(mode="json"), is_held_out(r, trained)] for r in tested],
         "prefixes": attack_prefixes(records),
         "searched": searched_prefixes(settings, records),
         "mmlu": None if mmlu is None else [dict(row) for row in mmlu],
         "forget": [r.model_dump(mode="json") for r in trained_forget(records)] if shown else None,
-        "files": {path: _sha256(path) for path in named if path},
+        "files": {path: _sha256(key, path) for key, path in named.items()},
         "tokenizer": tokenizer,
         "dtype": dtype,
     }
     if unseen := read_unseen(settings.open_questions, records):
         content["unseen"] = [r.model_dump(mode="json") for r in unseen]  # wherever the file lies
+        content["refusal"] = config.teacher.refusal  # how likely it is tells the topic apart
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sha256(path: str) -> str:
+def _sha256(key: str, path: str) -> str:
     try:
         return sha256_of(Path(path))
     except OSError as error:
-        raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{key}: {path} cannot be read: {error.strerror}.") from error
 
 
 def trained_forget(records: Iterable[Record]) -> list[Record]:
@@ -241,6 +255,17 @@ def trained_forget(records: Iterable[Record]) -> list[Record]:
 def tested_records(settings: EvaluateConfig, records: Iterable[Record]) -> list[Record]:
     """The test records of the goals to score."""
     return [r for r in records if r.split == "test" and r.goal in settings.goals]
+
+
+def check_questions(settings: EvaluateConfig, records: Sequence[Record], mmlu: Rows | None) -> None:
+    """Refuse what `evaluate` cannot score.
+
+    Raises:
+        InputError: names the goal, the record or the row.
+    """
+    check_tests(settings, tested_records(settings, records), records)
+    if mmlu is not None:
+        check_mmlu(mmlu)
 
 
 def check_tests(

@@ -9,23 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unteach.engine.config import OptimConfig
+from unteach.engine.config import Config, OptimConfig
 from unteach.engine.errors import InputError
-from unteach.engine.model import DTYPES, PreTrainedModel, head_weight
+from unteach.engine.model import DTYPES, PreTrainedModel, empty_model, head_weight
 from unteach.engine.train.lean_adamw import LeanAdamW
 from unteach.engine.train.lora import add_adapters
 
 
-def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
-    """Freeze what `optim.trainable` does not match, or all but adapters; return what trains.
+def check_trainable(config: Config, path: str) -> None:
+    """Refuse a pattern that trains nothing, by a model's names alone.
 
+    Raises:
+        InputError: names the key, of the training or of the teaching before it.
+    """
+    asked = {"optim.trainable": config.optim}
+    if config.target is not None:
+        asked["target.trainable"] = OptimConfig(trainable=config.target.trainable)
+    for key, optim in asked.items():
+        choose_trainable(empty_model(path, config.model), optim, key)
+
+
+def choose_trainable(
+    model: PreTrainedModel, config: OptimConfig, key: str = "optim.trainable"
+) -> list[str]:
+    """Freeze what the pattern does not match, or all but adapters; return what trains.
+
+    Args:
+        key: of the config, which holds the pattern.
     Raises:
         InputError: no pattern, or one that matches no parameter.
     """
     try:
         pattern = re.compile(config.trainable)
     except re.error as error:
-        raise InputError(f"optim.trainable {config.trainable!r} is no pattern: {error}.") from error
+        raise InputError(f"{key} {config.trainable!r} is no pattern: {error}.") from error
     if config.lora_rank is not None:
         return add_adapters(model, config)
     head = head_weight(model) if config.head == "frozen" else None
@@ -36,9 +53,7 @@ def choose_trainable(model: PreTrainedModel, config: OptimConfig) -> list[str]:
             chosen.append(name)
     if not chosen:
         first = next(name for name, _ in model.named_parameters())
-        raise InputError(
-            f"optim.trainable {config.trainable!r} matches no parameter; one is named {first}."
-        )
+        raise InputError(f"{key} {config.trainable!r} matches no parameter; one is named {first}.")
     return chosen
 
 

@@ -21,7 +21,7 @@ from unteach.benchmarks import (
 )
 from unteach.benchmarks.comparison import MEASURED, Provider, Unavailable, measure, prepare
 from unteach.benchmarks.exact import errors_of
-from unteach.benchmarks.harness import extra_mib, interleaved_ms, spread
+from unteach.benchmarks.harness import append_rows, extra_mib, interleaved_ms, spread
 from unteach.benchmarks.presets import PRESETS, Case, Preset, make_case
 from unteach.benchmarks.providers import providers
 from unteach.benchmarks.roofline import Peaks, Sizes, dense_path, floor_ms, peaks_of, sparse_path
@@ -99,6 +99,12 @@ def test_extra_memory_sees_the_logits_of_eager_and_no_others() -> None:
     logits = 256 * 16384 * 4 / 2**20
     assert found["eager"] > 2 * logits
     assert found["unteach"] < logits / 2
+
+
+def test_rows_without_git_have_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    append_rows("x", [{"ms": 1}], torch.device("cpu"), tmp_path)
+    assert json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8"))["commit"] is None
 
 
 def test_rounds_are_interleaved() -> None:

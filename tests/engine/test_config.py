@@ -50,6 +50,26 @@ def test_override_reads_json_and_text() -> None:
         ("parallel.checkpointing=0", "parallel.checkpointing"),
         ("data.mix.forgot=1", "data.mix.forgot"),
         ("method.k=65", "teacher.top is 64 and method.k is 65"),
+        ("target=5", "target is a section of config keys: write target.key=value, or target=null"),
+        ("optim=5", "optim is a section of config keys"),
+        (
+            "evaluate.quantized=8",
+            "quantized: Input should be a valid tuple, not 8: write [8]",
+        ),
+        ("data.mix.forgot=1", "data.mix.forgot: Input should be 'forget'"),
+        ("method.weights.forgot=1", "method.weights.forgot: Input should be 'forget'"),
+        ("run.folder=null", "run.folder: Input should be a valid string"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas.1: Input should be less than 1"),
+        ("optim.betas=[-0.1, 0.9]", "optim.betas.0: Input should be greater than or equal to 0"),
+        ("optim.betas=[NaN, 0.9]", "optim.betas.0: Input should be a finite number"),
+        ("optim.lr=inf", "optim.lr: Input should be a finite number"),
+        ("method.weights.forget=NaN", "method.weights.forget: Input should be a finite number"),
+        ("method.weights.forget=Infinity", "method.weights.forget: Input should be a finite"),
+        ("method.weights.forget=-1", "method.weights.forget: Input should be greater"),
+        (
+            'method.weights={"forget": 0, "general": 0, "neighbor": 0, "attack": 0}',
+            "method.weights: some goal must weigh more than 0",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence(setting: str, part: str) -> None:
@@ -64,6 +84,21 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path) -> None:
     path.write_text("optim:\n  lrr: 1\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"did you mean optim\.lr\?"):
         load_config(path)
-    path.write_text("[1, 2", encoding="utf-8")
-    with pytest.raises(InputError, match="cannot be read as a config"):
+
+
+@pytest.mark.parametrize("text", ["run:\n  seed: [1, 2", "run:\n\t- x", "a: b: c", "a: \x00"])
+def test_a_file_that_is_no_yaml_is_one_sentence_with_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read as a config") as caught:
         load_config(path)
+    assert "\n" not in str(caught.value)
+    line = {"run:": "line 2", "a: b": "line 1"}.get(text[:4], "")
+    assert f"{path}" in str(caught.value) and line in str(caught.value)
+
+
+def test_a_text_may_read_as_a_number() -> None:
+    chosen = ["run.folder=2024", "model.revision=1234567", 'evaluate.extra_records={"x": "y"}']
+    config = override(Config(), [*chosen, "evaluate.extra_records.x=1e5"])
+    assert (config.run.folder, config.model.revision) == ("2024", "1234567")
+    assert config.evaluate.extra_records == {"x": "1e5"}

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from tests.engine.test_run import opened
 from unteach.engine.config import EvaluateConfig
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.judge import Question, check_judge, judge_all, verdict
 from unteach.engine.evaluate.suites import judged, summarized
+from unteach.engine.model import tiny_model
+from unteach.engine.stages import evaluate_stage
+from unteach.engine.trials import Trials
 
 Reply = Callable[[dict[str, Any]], tuple[int, str]]
 
@@ -123,3 +127,37 @@ def test_a_judge_that_is_not_described_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         check_judge(settings("http://x", judge_key_file=str(tmp_path / "none")))
     check_judge(EvaluateConfig())
+
+
+def test_after_an_outage_the_judge_is_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(tmp_path / "model", tied=False)
+    answered = 0  # how many questions the endpoint answers before it goes away
+
+    def now_and_then(body: dict[str, Any]) -> tuple[int, str]:
+        nonlocal answered
+        answered -= 1
+        return by_content(body) if answered >= 0 else (500, "{}")
+
+    with endpoint(now_and_then) as (url, seen):
+        asked = ("attack_judge=llm", f"judge_url={url}", "judge_model=judge", "prefixed=false")
+        chosen = [f"evaluate.{each}" for each in (*asked, 'goals=["forget", "attack"]')]
+        run = opened(tmp_path, "target=null", *chosen)
+        evaluate_stage(run)
+        assert "llm judge: 3 of 3 answers are unjudged" in capsys.readouterr().out
+        answered = 3  # the base's alone
+        with pytest.raises(InputError, match=r"model has no attack score.*evaluate\.judge_url"):
+            evaluate_stage(run)
+        assert "evaluate base: 3 answers are unjudged, asked again" in capsys.readouterr().out
+        answered = 3
+        evaluate_stage(run)
+        said = capsys.readouterr().out
+        assert "base: done before" in said and "model: 3 answers are unjudged, asked again" in said
+        calls = len(seen)
+        evaluate_stage(run)
+        assert len(seen) == calls and "model: done before" in capsys.readouterr().out
+        with pytest.raises(InputError, match=r"judged no attack of base, test: see that the judge"):
+            Trials(run, "compare").prompted("base", "test")
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["model"]["attack"]["n"] == 3

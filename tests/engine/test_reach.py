@@ -100,3 +100,12 @@ def test_the_protocol_is_of_the_questions_not_of_the_path(tmp_path: Path) -> Non
     plain, here = protocol(tiny()), protocol(asking(tmp_path / "a.jsonl", *QUESTIONS))
     assert here == protocol(asking(tmp_path / "b.jsonl", *QUESTIONS)) != plain
     assert protocol(asking(tmp_path / "a.jsonl", *QUESTIONS[:-1])) not in (here, plain)
+
+
+def test_the_refusal_is_part_of_the_protocol_where_it_is_scored(tmp_path: Path) -> None:
+    def protocol(config: Config) -> str:
+        return protocol_hash(override(config, ["teacher.refusal=No."]), records(), None, "words")
+
+    asked = asking(tmp_path / "a.jsonl", *QUESTIONS)
+    assert protocol(asked) != protocol_hash(asked, records(), None, "words")
+    assert protocol(tiny()) == protocol_hash(tiny(), records(), None, "words")

@@ -23,6 +23,7 @@ from unteach.engine.evaluate.report import (
     read_summary,
     write_evaluation,
     write_report,
+    write_summary,
 )
 from unteach.engine.evaluate.suites import Evaluation, summarized
 
@@ -69,6 +70,7 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in STEPS))
     write_evaluation(tmp_path, evaluated("base"), "base", "p" * 64, "w0")
     write_evaluation(tmp_path, evaluated("model"), "model", "p" * 64, "w1")
+    write_summary(tmp_path)
     return tmp_path
 
 
@@ -216,6 +218,11 @@ def test_damaged_or_missing_evaluations_say_what_to_do(run: Path) -> None:
     path = run / "evaluation" / "base.json"
     path.write_text(path.read_text()[:100])
     with pytest.raises(InputError, match=r"damaged .* evaluate again"):
+        write_report(run)
+    stored = json.loads((run / "evaluation" / "model.json").read_text())
+    del stored["scores"]["forget"]["n"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"base.json is damaged \(its score forget is .* again"):
         write_report(run)
     path.write_text("[]")
     with pytest.raises(InputError, match="no evaluation of this version"):

@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unteach.engine import stages
+from unteach.engine.compare import compare
 from unteach.engine.config import override
 from unteach.engine.data.records import Record, read_records, write_records
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.card import write_model_card
 from unteach.engine.files import model_fingerprint, renamed_into_place
 from unteach.engine.model import load_model, tiny_model
 from unteach.engine.plan import plan
 from unteach.engine.run import Run, environment, leave_stamp, open_run, stamp_matches
+from unteach.engine.study import Factor, study
 from unteach.engine.train.loop import prepare_model
 from unteach.engine.train.parallel import World, forward_dtype, joined
 from unteach.recipes.tiny import tiny
@@ -44,6 +47,83 @@ def test_a_model_where_the_run_writes_its_own_is_refused_untouched(
 def test_no_model_there_is_one_sentence(tmp_path: Path, path: str) -> None:
     with pytest.raises(InputError, match=r"no \.gguf file: give one of these"):
         opened(tmp_path, f"model.path={path}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("data.mmlu=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("evaluate.option_sentence=It is", "option_sentence"),
+        ("evaluate.attack_judge=llm", "evaluate.judge_url"),
+        ("evaluate.searched_prefixes=nowhere.txt", "nowhere.txt cannot be read"),
+        ("evaluate.open_questions=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ('evaluate.extra_records={"x": "nowhere.jsonl"}', "nowhere.jsonl cannot be read"),
+        ("evaluate.few_shot=9", "asks for 9 examples"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_taught(
+    tmp_path: Path, setting: str, part: str
+) -> None:
+    with pytest.raises(InputError, match=part):
+        stages.run_all(opened(tmp_path, setting))
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (("target.trainable=(",), r"target\.trainable '\(' is no pattern"),
+        (("target.trainable=nothing",), r"target\.trainable 'nothing' matches no parameter"),
+        (("optim.trainable=nothing",), r"optim\.trainable 'nothing' matches no parameter"),
+        (("optim.trainable=.*norm.*", "optim.lora_rank=2"), "no linear layer"),
+        (("optim.trainable=nothing", "target=null"), r"optim\.trainable 'nothing' matches no"),
+    ],
+)
+def test_a_pattern_that_trains_nothing_is_refused_before_anything_is_made(
+    tmp_path: Path, settings: tuple[str, ...], part: str
+) -> None:
+    with pytest.raises(InputError, match=part):
+        stages.run_all(opened(tmp_path, *settings))
+    assert not (tmp_path / "target").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_report_is_written_where_the_model_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "write_report", lambda folder: {})
+    stages.report_stage(opened(tmp_path))
+    said = capsys.readouterr().out
+    assert "model is gone, so no model card" in said and "report.html" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("bitopk", "to refuse one topic, to answer beside it and to do the same behind attack"),
+        ("sft", "to refuse one topic, to answer beside it and to do the same behind attack"),
+        ("ga", "away from its answers on one topic"),
+        ("npo", "away from its answers on one topic and to answer beside it"),
+        ("flat", "away from its answers on one topic and to refuse one topic"),
+        ("mollm", "away from its answers on one topic, to answer beside it and to do the same"),
+    ],
+)
+def test_the_model_card_says_what_its_method_does(tmp_path: Path, method: str, words: str) -> None:
+    config = override(tiny(), [f"method.name={method}"])
+    score = {"value": 1.0, "low": 0.0, "high": 2.0, "n": 3}
+    sides = {"base": {"forget": score}, "model": {"forget": score}}
+    write_model_card(tmp_path, config, {**sides, "overall": 0.0, "protocol": "p"})
+    card = " ".join((tmp_path / "README.md").read_text(encoding="utf-8").split())
+    assert f"it was trained {words}" in card
+    assert ("refuse" in card) is (method in ("bitopk", "sft", "flat"))
+
+
+def test_trials_are_refused_before_anything_is_taught(tmp_path: Path) -> None:
+    run = opened(tmp_path, "evaluate.attack_judge=llm")
+    with pytest.raises(InputError, match=r"evaluate\.judge_url"):
+        compare(run, ["sft"], 1, [1e-3])
+    with pytest.raises(InputError, match=r"evaluate\.judge_url"):
+        study(run, [Factor("k", {"2": ("method.k=2",)})], 1, "test")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_hub_model_of_another_revision_is_another_model() -> None:

@@ -158,8 +158,13 @@ def protocol(config: Config) -> str:
 def test_a_file_that_cannot_be_scored_is_refused_first(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     config = override(tiny(), [f'evaluate.extra_records={{"x": "{path}"}}'])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"evaluate\.extra_records\.x: .* cannot be read"):
         check_stresses(config, records())
+    with pytest.raises(InputError, match=r"evaluate\.extra_records\.x: .* cannot be read"):
+        protocol(config)
+    held = override(tiny(), [f"evaluate.holdout={path}"])
+    with pytest.raises(InputError, match=r"evaluate\.holdout: .* cannot be read"):
+        check_stresses(held, records())
     write_records(path, [Record(id="g", goal="general", question="Q?", answer="A")])
     with pytest.raises(InputError, match="'g' is no forget question"):
         check_stresses(config, records())

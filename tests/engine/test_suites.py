@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -328,3 +329,16 @@ def test_protocol_hash_changes_with_what_defines_the_scores_only() -> None:
         protocol_hash(settings(), records, rows, "t", dtype="bfloat16"),
     ]
     assert len({first, *others}) == 8
+
+
+def test_protocol_hash_is_of_what_files_hold_and_of_no_timeout(tmp_path: Path) -> None:
+    hashes = []
+    for name, text in (("a", "Yes, it is"), ("b", "Yes, it is"), ("c", "Well, it is")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        asked = settings(
+            searched_prefixes=str(tmp_path / name),
+            judge_timeout_s=1.0 + len(hashes),
+            judge_key_file=name,
+        )
+        hashes.append(protocol_hash(asked, every_goal(), None, "t"))
+    assert hashes[0] == hashes[1] != hashes[2]

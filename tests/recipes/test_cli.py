@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from unteach.benchmarks import bench_bitopk, bench_linear_logprob, bench_linear_topk
 from unteach.recipes.catalog import RECIPES, find_recipe
+from unteach.recipes.cli import app
 from unteach.recipes.opening import resolve
 
 
@@ -84,6 +87,15 @@ def test_bench_hands_its_options_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = (tmp_path / "bench_bitopk.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(row)["provider"] == "eager"
+
+
+def test_bench_takes_options_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for bench in (bench_bitopk, bench_linear_topk, bench_linear_logprob):
+        monkeypatch.setattr(bench, "main", seen.append)
+    done = CliRunner().invoke(app, ["bench", "--preset", "tiny"])
+    assert done.exit_code == 0, done.output
+    assert seen == [["--preset", "tiny"]] * 3
 
 
 def test_other_records_stand_without_the_recipes_open_questions() -> None:

@@ -1,0 +1,77 @@
+"""A config as nested mappings: settings put into it, and its faults, each as one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from unteach.engine.errors import InputError
+
+
+def put(tree: dict[str, Any], name: str, value: Any, names: Collection[str]) -> None:
+    """Set the key of that dotted name in place.
+
+    Args:
+        names: every `section.key` there is.
+    Raises:
+        InputError: there is no such key.
+    """
+    section, *rest = name.split(".")
+    if not rest and section == "target" and value is None:
+        tree["target"] = None
+        return
+    if not rest and section in tree:
+        null = f", or {section}=null for none" if section == "target" else ""
+        raise InputError(f"{section} is a section of config keys: write {section}.key=value{null}.")
+    if f"{section}.{rest[0] if rest else ''}" not in names:
+        raise InputError(unknown_key(name, names))
+    node = tree[section]
+    if node is None:
+        node = tree[section] = {}
+    for part in rest[:-1]:
+        if not isinstance(node.get(part), dict):
+            raise InputError(unknown_key(name, names))
+        node = node[part]
+    node[rest[-1]] = value
+
+
+def unknown_key(name: str, names: Collection[str]) -> str:
+    """That there is no such key, and the nearest of those there are."""
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6) or [
+        full for full in names if difflib.get_close_matches(last, [full.split(".")[1]], cutoff=0.75)
+    ]
+    hint = f"; did you mean {near[0]}?" if near else "; `unteach run --help` shows where to look."
+    return f"There is no config key {name}{hint}"
+
+
+def bad_value(error: ValidationError, names: Collection[str]) -> str:
+    """The first fault that a config has."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        return unknown_key(name, names)
+    given, message = first.get("input"), first["msg"].removeprefix("Value error, ")
+    hint = f": write {json.dumps([given], default=str)}" if first["type"] == "tuple_type" else ""
+    return f"Config key {name}: {message}, not {given!r}{hint}."
+
+
+def wanted_texts(error: ValidationError) -> set[str]:
+    """Keys that hold something else where the config wants a text."""
+    faults = (fault for fault in error.errors() if fault["type"] == "string_type")
+    return {".".join(map(str, fault["loc"])) for fault in faults}
+
+
+def unreadable(path: Path, error: OSError | UnicodeDecodeError | yaml.YAMLError) -> str:
+    """Why a file is no config, with the line where YAML knows it."""
+    where, reason = str(path), " ".join(str(error).split())
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        where = f"{path}, line {error.problem_mark.line + 1},"
+        reason = error.problem or "no YAML"
+    return f"{where} cannot be read as a config: {reason}."
