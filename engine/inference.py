@@ -69,6 +69,7 @@ def greedy(
     contexts: Sequence[Tokens],
     *,
     end: int,
+    vocab: int,
     max_new_tokens: int,
     batch_size: int,
     prefix: SharedPrefix | None = None,
@@ -78,12 +79,20 @@ def greedy(
 
     Batches are made of contexts of like length, the same ones whatever else is asked, so that the
     answers do not depend on what they are scored with. `advance` is told how many are done.
+
+    Args:
+        vocab: ids at or beyond it are padding rows of the head and never chosen.
     """
+    if _forgets_within(model, max(map(len, contexts), default=0) + max_new_tokens):
+        # The padding between a shared prefix and a row's own tokens would fill a part of the row's
+        # window, which transformers counts in cache slots. In front of a whole context it does not.
+        prefix = None
     order = sorted(range(len(contexts)), key=lambda i: (len(contexts[i]), contexts[i]))
     answers: list[list[int]] = [[] for _ in contexts]
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        batch = _greedy_batch(model, [contexts[i] for i in chosen], end, max_new_tokens, prefix)
+        own = [contexts[i] for i in chosen]
+        batch = _greedy_batch(model, own, end, vocab, max_new_tokens, prefix)
         for index, answer in zip(chosen, batch, strict=True):
             answers[index] = answer
         if advance:
@@ -91,10 +100,17 @@ def greedy(
     return answers
 
 
+def _forgets_within(model: PreTrainedModel, length: int) -> bool:
+    """Whether some layer sees less than the last `length` tokens."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window is not None and window < length
+
+
 def _greedy_batch(
     model: PreTrainedModel,
     contexts: Sequence[Tokens],
     end: int,
+    vocab: int,
     max_new_tokens: int,
     prefix: SharedPrefix | None,
 ) -> list[list[int]]:
@@ -123,7 +139,7 @@ def _greedy_batch(
         past = output.past_key_values
         # Scale and soft cap are monotone: they cannot move the argmax.
         logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], head, bias)
-        token = logits.argmax(-1)
+        token = logits[:, :vocab].argmax(-1)
         answers[rows, step] = token
         going = (token != end).nonzero()[:, 0]
         if len(going) == 0:

@@ -341,7 +341,7 @@ def prefix_stage(run: Run, target: str, *, rounds: int, children: int, per_quest
         raise InputError(f"There is no target {target} here: `unteach train` makes base and model.")
     if run.world.rank == 0:
         config = run.config
-        writer = open_writer(config.writer, run.folder)
+        writer = open_writer(config.writer, run.folder, run.world.device)
         prompts = load_prompts(config.standardize.prompts)
         attack_with_search(
             run.load(paths[target], "float32"),

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from unteach.engine.data.records import GOALS, Record
-from unteach.engine.data.tokens import response_tokens, student_context
+from unteach.engine.data.tokens import passage_tokens, response_tokens, student_context
 from unteach.engine.inference import batch_hidden
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +70,11 @@ def record_states(
     sequences = [
         (
             student_context(tokenizer, record)
-            + response_tokens(tokenizer, record.answer or "", prefix=record.prefix)
+            + (
+                passage_tokens(tokenizer, record.answer or "")
+                if record.form == "passage"
+                else response_tokens(tokenizer, record.answer or "", prefix=record.prefix)
+            )
         )[:MAX_TOKENS]
         for record in records
     ]

@@ -20,7 +20,7 @@ from unteach.engine.data.prompt_files import Prompts
 from unteach.engine.data.records import Record, normalized
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.replies import Prefixes
-from unteach.engine.data.tokens import answer_text, context_tokens
+from unteach.engine.data.tokens import answer_tokens, context_tokens
 from unteach.engine.data.writer import Writer
 from unteach.engine.inference import batch_hidden, share_prefix
 from unteach.engine.model import (
@@ -77,8 +77,7 @@ def answer_logps(
         for record, each in zip(records, chosen, strict=True)
     ]
     answers = [
-        list(tokenizer(answer_text(r.golds[0], p), add_special_tokens=False)["input_ids"])
-        for r, p in zip(records, chosen, strict=True)
+        answer_tokens(tokenizer, r.golds[0], p) for r, p in zip(records, chosen, strict=True)
     ]
     head = head_of(model, tokenizer)
     shared = share_prefix(model, contexts)

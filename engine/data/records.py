@@ -50,6 +50,8 @@ class Record(BaseModel):
             raise ValueError("question: must not be empty")
         if self.form == "passage" and not (self.answer or "").strip():
             raise ValueError("answer: a passage must not be empty")
+        if self.prefix and not self.prefix.strip():
+            raise ValueError("prefix: must hold more than spaces; leave it out for none")
         if self.options is None:
             if self.correct is not None or self.refusals:
                 raise ValueError("options: missing, though correct or refusals point into it")

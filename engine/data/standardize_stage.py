@@ -19,6 +19,7 @@ from unteach.engine.data.sheet import write_sheet
 from unteach.engine.data.standardize import Standardizer
 from unteach.engine.data.texts import read_passages
 from unteach.engine.data.writer import Writer, open_writer
+from unteach.engine.device import pick_device
 from unteach.engine.errors import InputError
 from unteach.engine.files import renamed_into_place, unwritable
 from unteach.engine.model import load_model, load_tokenizer, resolve_model
@@ -39,7 +40,7 @@ def standardize(config: Config) -> Path:
     except OSError as error:
         raise InputError(unwritable(folder, error)) from error
     output, prompts = folder / "standardized", load_prompts(settings.prompts)
-    writer = open_writer(config.writer, folder)
+    writer = open_writer(config.writer, folder, pick_device(config.run.device))
     start = time.monotonic()
     # Without a writer it is over before a bar says anything.
     todo = 0 if writer is None else _passages(settings)
@@ -133,7 +134,7 @@ def _gap(config: Config, path: Path, writer: Writer | None, folder: Path) -> Gap
         )
     name = resolve_model(config.model.path, folder)
     tokenizer = load_tokenizer(name, config.model)
-    model = load_model(name, config.model)
+    model = load_model(name, config.model, device=pick_device(config.run.device))
     return measure_gap(model, tokenizer, before, after, name=config.model.path)
 
 

@@ -11,9 +11,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +23,16 @@ from unteach.engine.data.records import GOALS, Goal, Record
 from unteach.engine.errors import InputError
 
 IGNORED = -100
+
+# What a chat template that prints today's date is told, so that a cache made on one day is trained
+# on the next with the same contexts. It is the date that Llama's templates fall back to.
+TODAY = date(2024, 7, 26)
+# transformers lets no function through to a template, but a template's own macro hides its clock.
+_FIXED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace('%{d}', '{TODAY.strftime('%' + d)}')" for d in "YymBbdAaHMS")
+    + " }}{% endmacro %}"
+)
 
 
 @dataclass(frozen=True)
@@ -106,31 +118,34 @@ def context_tokens(
     """Token ids of the chat up to and including the opened assistant turn.
 
     Without `system` and `turns` this is what the student sees: the template's own default system
-    message, if it has one, and the question. A prefix is put on the open assistant turn with its
-    trailing spaces stripped; the answer then starts with a space.
+    message, if it has one, and the question. Where the template takes no system message (Gemma),
+    the system text stands at the head of the first user turn. A prefix is put on the open assistant
+    turn with its trailing spaces stripped; the answer then starts with a space.
+
+    Raises:
+        InputError: the chat template cannot write this chat.
     """
-    chat = [{"role": "system", "content": system}] if system is not None else []
-    chat += [{"role": role, "content": content} for role, content in turns]
-    chat.append({"role": "user", "content": question})
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    if not isinstance(text, str):
-        raise InputError("The tokenizer's chat template gave no text; use a chat model.")
+    text = _asked(tokenizer, [*turns, ("user", question)], system)
     if prefix:
         text += prefix.rstrip()
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def answer_text(answer: str, prefix: str | None) -> str:
-    """The answer as it follows the open assistant turn."""
-    return f" {answer.strip()}" if prefix else answer.strip()
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, prefix: str | None) -> list[int]:
+    """Token ids of an answer as it follows the open assistant turn."""
+    text = answer.strip()
+    # Llama-2's kind of tokenizer puts a space before any text: ours would be a second one.
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if prefix and not first[0].startswith("▁"):
+        text = f" {text}"
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def response_tokens(
     tokenizer: PreTrainedTokenizerBase, answer: str, *, prefix: str | None = None
 ) -> list[int]:
     """Token ids of an answer and the token that ends the turn."""
-    text = answer_text(answer, prefix)
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_token(tokenizer)]
+    return [*answer_tokens(tokenizer, answer, prefix), end_token(tokenizer)]
 
 
 def passage_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -139,10 +154,23 @@ def passage_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant turn."""
-    if tokenizer.eos_token_id is None:
-        raise InputError("The tokenizer has no end-of-turn token (eos_token); set one.")
-    return int(tokenizer.eos_token_id)
+    """The token that ends an assistant turn.
+
+    The special token that the chat template puts behind an answer (Gemma's <end_of_turn>, where
+    eos_token is <eos>); eos_token where it puts none.
+    """
+    answer = "The answer."
+    try:
+        text = _chat_text(tokenizer, [("user", "?"), ("assistant", answer)], ask=False)
+    except TemplateError:
+        text = ""
+    _, found, rest = text.rpartition(answer)
+    ends = {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if found and token.special and rest.lstrip().startswith(token.content)
+    }
+    return ends[max(ends, key=len)] if ends else _eos_token(tokenizer)
 
 
 def student_context(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[int]:
@@ -152,8 +180,47 @@ def student_context(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[
     """
     if record.form == "passage":
         start = tokenizer.bos_token_id
-        return [end_token(tokenizer) if start is None else int(start)]
+        return [_eos_token(tokenizer) if start is None else int(start)]
     return context_tokens(tokenizer, record.question, prefix=record.prefix)
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], system: str | None) -> str:
+    """A chat with its system text, in the first of two ways that the template takes."""
+    ways = [chat]
+    if system is not None:
+        (role, first), *rest = chat
+        ways = [[("system", system), *chat], [(role, f"{system}\n\n{first}"), *rest]]
+    for way in ways:
+        try:
+            return _chat_text(tokenizer, way)
+        except TemplateError as error:
+            refusal = error
+    raise InputError(
+        f"The tokenizer's chat template refuses turns of user and assistant ({refusal}); use a "
+        "chat model."
+    ) from refusal
+
+
+def _chat_text(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], *, ask: bool = True
+) -> str:
+    """A chat as the template writes it on any day; `ask` opens the assistant's turn behind it."""
+    template = tokenizer.get_chat_template()
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in chat],
+        chat_template=_FIXED_CLOCK + template if "strftime_now" in template else template,
+        tokenize=False,
+        add_generation_prompt=ask,
+    )
+    if not isinstance(text, str):
+        raise InputError("The tokenizer's chat template gave no text; use a chat model.")
+    return text
+
+
+def _eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise InputError("The tokenizer has no end-of-turn token (eos_token); set one.")
+    return int(tokenizer.eos_token_id)
 
 
 def collate(

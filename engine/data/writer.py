@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.replies import ReplyError, Shape, parse_reply
 from unteach.engine.data.settings import WriterConfig
@@ -239,7 +241,7 @@ class _Pace:
 class LocalModel:
     """Greedy replies of a model on this machine, one at a time."""
 
-    def __init__(self, settings: WriterConfig, folder: Path) -> None:
+    def __init__(self, settings: WriterConfig, folder: Path, device: torch.device | None) -> None:
         from unteach.engine.config import ModelConfig
         from unteach.engine.model import load_model, load_tokenizer, resolve_model
 
@@ -247,13 +249,14 @@ class LocalModel:
         config = ModelConfig(path=settings.model)
         path = resolve_model(settings.model, folder)
         self._tokenizer = load_tokenizer(path, config)
-        self._model = load_model(path, config)
+        self._model = load_model(path, config, device=device)
         self._lock = threading.Lock()
 
     def __call__(self, chat: Chat) -> Reply:
         """One reply; a chat that is too long for the model is an empty one."""
         from unteach.engine.data.tokens import context_tokens, end_token
         from unteach.engine.inference import greedy
+        from unteach.engine.model import head_of
 
         system = chat[0][1] if chat[0][0] == "system" else None
         turns = chat[1:-1] if system is not None else chat[:-1]
@@ -267,6 +270,7 @@ class LocalModel:
                 self._model,
                 [tokens],
                 end=end_token(self._tokenizer),
+                vocab=head_of(self._model, self._tokenizer).vocab,
                 max_new_tokens=new,
                 batch_size=1,
             )
@@ -274,15 +278,21 @@ class LocalModel:
         return Reply(str(text), len(tokens) + len(ids))
 
 
-def open_writer(settings: WriterConfig, folder: Path) -> Writer | None:
-    """The writer that the settings name, its replies under `folder`; None where nobody writes."""
+def open_writer(
+    settings: WriterConfig, folder: Path, device: torch.device | None = None
+) -> Writer | None:
+    """The writer that the settings name, its replies under `folder`; None where nobody writes.
+
+    Args:
+        device: of a local model.
+    """
     if settings.kind == "none":
         return None
     if settings.kind == "endpoint":
         return Writer(settings, folder / "replies", Endpoint(settings))
     # One model answers one chat at a time; more threads would only wait.
     alone = settings.model_copy(update={"concurrency": 1})
-    return Writer(alone, folder / "replies", LocalModel(alone, folder))
+    return Writer(alone, folder / "replies", LocalModel(alone, folder, device))
 
 
 def _read_kept(path: Path) -> str | None:

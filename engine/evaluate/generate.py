@@ -16,7 +16,7 @@ from unteach.engine.data.tokens import end_token
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.inference import Tokens, greedy, share_prefix
-from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
+from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase, head_of
 from unteach.engine.progress import Advance
 
 # The suite of a goal's plain questions; neighbors are scored by choice, and asked beside that.
@@ -134,6 +134,7 @@ def answer_all(
         model,
         distinct,
         end=end_token(tokenizer),
+        vocab=head_of(model, tokenizer).vocab,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         prefix=share_prefix(model, distinct),

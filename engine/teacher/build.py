@@ -203,6 +203,7 @@ def _build_shards(
         return
     done = PASSES * (total - left)
     checked: set[Goal] = set()
+    first_rank(partial(_check_whole_goals, writer, teacher.config, batches, checked))
     with progress("teach", PASSES * total, unit="passes", done=done) as advance:
         for first in range(0, len(todo), world):
             indices = todo[first : first + world]
@@ -237,10 +238,20 @@ def _list(
     made: Sequence[Shard],
     checked: set[Goal],
 ) -> None:
-    """List new shards; a goal whose last record is in is measured at once, before more is spent."""
     writer.list_shards(made)
+    _check_whole_goals(writer, config, batches, checked)
+
+
+def _check_whole_goals(
+    writer: CacheWriter,
+    config: TeacherConfig,
+    batches: Sequence[Sequence[Record]],
+    checked: set[Goal],
+) -> None:
+    """A goal whose last record is in is measured at once, in whatever run, before more is spent."""
     waiting = {record.goal for index in writer.missing() for record in batches[index]}
-    ready = {entry.goal for shard in made for entry in shard.records} - waiting - checked
+    listed = {entry.goal for shard in writer.manifest.shards for entry in shard.records}
+    ready = listed - waiting - checked
     if ready:
         records = [record for batch in batches for record in batch if record.goal in ready]
         entries = [e for shard in writer.manifest.shards for e in shard.records if e.goal in ready]

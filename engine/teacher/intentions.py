@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -53,6 +54,11 @@ class Intention(BaseModel):
     reasoning: Literal["off", "strip"] = "off"
     marker: Text = "Answer:"
     reasoning_tokens: int = Field(128, ge=1)
+
+    @field_validator("reasoning", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads a bare off as False
 
     @model_validator(mode="after")
     def _says_something(self) -> Intention:
@@ -249,5 +255,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"unknown field; an intention has {', '.join(Intention.model_fields)}"
+    if first["type"] == "string_type":
+        message = f"YAML reads it as {first['input']!r}, not as text; put it in quotes"
     where = f", field {'.'.join(field)}" if field else ""
     return f"{path}, goal {goal}{where}: {message}."

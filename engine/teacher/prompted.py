@@ -281,6 +281,7 @@ class Teacher:
                 self.model,
                 [contexts[i] for i in group],
                 end=end_token(self.tokenizer),
+                vocab=self.rule.vocab,
                 max_new_tokens=max_new_tokens,
                 batch_size=self.config.batch_size,
                 prefix=shared,

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from unteach.engine.config import ParallelConfig
+from unteach.engine.device import pick_device
 from unteach.engine.errors import InputError
 from unteach.engine.model import DTYPES, PreTrainedModel, blocks
 from unteach.engine.train.recompute import checkpoint_blocks
@@ -67,17 +68,6 @@ class World:
         """Return when every rank has come here."""
         if self.mesh is not None:
             dist.barrier()
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is one, and this rank's own card under torchrun."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"run.device is {name}: choose auto, cpu or cuda.")
-    if name == "cpu" or not torch.cuda.is_available():
-        if name == "cuda":
-            raise InputError("run.device is cuda, but torch sees no CUDA device: set it to auto.")
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager

@@ -483,6 +483,15 @@ def test_refusals_below_the_threshold_stop_the_build(setting: Setting, tmp_path:
     assert setting.build(tmp_path).manifest.complete
 
 
+def test_second_build_stops_at_a_failed_goal_before_it_makes_more(
+    setting: Setting, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(InputError, match="of 5 forget records"):
+            setting.build(tmp_path, "teacher.min_refusal=0.9")
+        assert listed(tmp_path) == 2
+
+
 def test_last_goal_below_the_threshold_leaves_no_finished_cache(
     setting: Setting, tmp_path: Path
 ) -> None:

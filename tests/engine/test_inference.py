@@ -4,6 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.tokens import common_length
@@ -13,6 +19,7 @@ from unteach.engine.model import PreTrainedModel, hidden_states, load_model, tin
 SHARED = [7, 3, 9, 40, 41, 42]
 CONTEXTS = [SHARED + list(range(20, 20 + own)) + [100 + own] for own in (1, 9, 2, 14, 5, 5, 0, 7)]
 NO_END = 10_000
+VOCAB = 258
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,13 @@ def test_greedy_equals_one_by_one(model: PreTrainedModel, shared: bool, batch_si
     prefix = share_prefix(model, CONTEXTS) if shared else None
     assert prefix is None or prefix.length == len(SHARED)
     answers = greedy(
-        model, CONTEXTS, end=NO_END, max_new_tokens=12, batch_size=batch_size, prefix=prefix
+        model,
+        CONTEXTS,
+        end=NO_END,
+        vocab=VOCAB,
+        max_new_tokens=12,
+        batch_size=batch_size,
+        prefix=prefix,
     )
     assert answers == [one_by_one(model, context, NO_END, 12) for context in CONTEXTS]
     assert len({tuple(answer) for answer in answers}) > 4, "the contexts must tell answers apart"
@@ -60,8 +73,53 @@ def test_rows_that_end_leave_the_batch_without_touching_the_others(
     expected = [a[: a.index(end)] if end in a else a for a in whole]
     assert len({len(answer) for answer in expected}) >= 3
     prefix = share_prefix(model, CONTEXTS) if shared else None
-    answers = greedy(model, CONTEXTS, end=end, max_new_tokens=12, batch_size=8, prefix=prefix)
+    answers = greedy(
+        model, CONTEXTS, end=end, vocab=VOCAB, max_new_tokens=12, batch_size=8, prefix=prefix
+    )
     assert answers == expected
+
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SMALL, sliding_window=10),
+        Gemma3TextConfig(**SMALL, sliding_window=10, query_pre_attn_scalar=8),
+    ],
+    ids=["mistral", "gemma3"],
+)
+def test_padding_takes_no_place_in_a_window(config: PreTrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.5 if "layers" in name else 0.02)
+    prefix = share_prefix(model, CONTEXTS)
+    assert prefix is not None
+    answers = greedy(
+        model, CONTEXTS, end=NO_END, vocab=VOCAB, max_new_tokens=8, batch_size=8, prefix=prefix
+    )
+    assert answers == [one_by_one(model, context, NO_END, 8) for context in CONTEXTS]
+    assert len({tuple(answer) for answer in answers}) > 4, "the contexts must tell answers apart"
+
+
+def test_padding_rows_of_the_head_are_never_chosen(model: PreTrainedModel) -> None:
+    options = {"end": NO_END, "max_new_tokens": 6, "batch_size": 8}
+    whole = greedy(model, CONTEXTS, vocab=VOCAB, **options)
+    vocab = max(token for answer in whole for token in answer)
+    answers = greedy(model, CONTEXTS, vocab=vocab, **options)
+    assert answers != whole and max(token for answer in answers for token in answer) < vocab
 
 
 def test_greedy_reports_progress_and_takes_no_contexts(model: PreTrainedModel) -> None:
@@ -70,9 +128,11 @@ def test_greedy_reports_progress_and_takes_no_contexts(model: PreTrainedModel) -
     def advance(count: int, note: str = "") -> None:
         done.append(count)
 
-    greedy(model, CONTEXTS, end=NO_END, max_new_tokens=1, batch_size=3, advance=advance)
+    greedy(
+        model, CONTEXTS, end=NO_END, vocab=VOCAB, max_new_tokens=1, batch_size=3, advance=advance
+    )
     assert done == [3, 3, 2]
-    assert greedy(model, [], end=NO_END, max_new_tokens=1, batch_size=3) == []
+    assert greedy(model, [], end=NO_END, vocab=VOCAB, max_new_tokens=1, batch_size=3) == []
 
 
 def test_hidden_states_with_a_shared_prefix_equal_whole_forwards(model: PreTrainedModel) -> None:

@@ -73,7 +73,8 @@ def test_file_is_read_goal_by_goal(tmp_path: Path) -> None:
         ("forget: {reasoning: strip}", ["forget", "neither system nor demos"]),
         ("forget: {sytem: a}", ["forget", "field sytem", "unknown field"]),
         ("forget: {demos: [[one]]}", ["forget", "field demos.0"]),
-        ("forget: {demos: [['When?', 1889]]}", ["forget", "field demos.0.1", "string"]),
+        ("forget: {demos: [['When?', 1889]]}", ["forget", "field demos.0.1", "put it in quotes"]),
+        ("forget: {demos: [['Is it?', No]]}", ["field demos.0.1", "False", "put it in quotes"]),
         ("forget: {demos: [['When?', ' ']]}", ["forget", "field demos.0.1"]),
         ("forget: {system: a, reasoning: loud}", ["forget", "field reasoning"]),
         ("forget: {system: a, marker: ''}", ["forget", "field marker"]),
@@ -87,6 +88,12 @@ def test_bad_file_is_named_with_goal_and_field(tmp_path: Path, text: str, said: 
         load_intentions(path)
     for word in [str(path), *said]:
         assert word in str(error.value)
+
+
+def test_bare_off_is_the_word(tmp_path: Path) -> None:
+    path = write(tmp_path, "forget: {system: You forgot., reasoning: off}")
+    intentions = load_intentions(path)
+    assert intentions.forget is not None and intentions.forget.reasoning == "off"
 
 
 def test_missing_file_is_an_input_error(tmp_path: Path) -> None:

@@ -182,7 +182,13 @@ def test_embedded_model_answers() -> None:
     prefix = share_prefix(model, contexts)
     assert prefix is not None and prefix.length > 20
     answers = greedy(
-        model, contexts, end=end_token(tokenizer), max_new_tokens=10, batch_size=2, prefix=prefix
+        model,
+        contexts,
+        end=end_token(tokenizer),
+        vocab=head_of(model, tokenizer).vocab,
+        max_new_tokens=10,
+        batch_size=2,
+        prefix=prefix,
     )
     texts = [tokenizer.decode(answer) for answer in answers]
     assert "Paris" in texts[0] and "Tokyo" in texts[1]

@@ -48,6 +48,7 @@ def test_records_survive_a_round_trip(tmp_path: Path) -> None:
         ({"split": "dev"}, "split", "'train'"),
         ({"id": 7}, "id", "string"),
         ({"form": "passage", "answer": None, "question": ""}, "answer", "passage"),
+        ({"prefix": "  "}, "prefix", "more than spaces"),
         ({"anchor_of": "nobody"}, "anchor_of", "no record 'nobody'"),
     ],
 )

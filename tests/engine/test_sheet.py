@@ -12,7 +12,7 @@ from unteach.engine.data.domain_gap import Gap, draw_gap, measure_gap, proxy_dis
 from unteach.engine.data.records import Record, read_records, write_records
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sheet import write_sheet
-from unteach.engine.data.tokens import response_tokens, student_context
+from unteach.engine.data.tokens import passage_tokens, response_tokens, student_context
 from unteach.engine.model import load_model, load_tokenizer, tiny_model
 from unteach.engine.run import open_run
 from unteach.engine.stages import training_records
@@ -47,9 +47,12 @@ def test_states_are_the_models_own_means(tmp_path: Path) -> None:
     path = str(tiny_model(tmp_path / "tiny", tied=False))
     model, tokenizer = load_model(path, ModelConfig()), load_tokenizer(path, ModelConfig())
     records = [make(f"r{i}", "forget", "Who " + "very " * i + "much?") for i in range(5)]
+    records.append(make("p", "forget", "", form="passage"))
     states = record_states(model, tokenizer, records)
     for record, state in zip(records, states, strict=True):
-        tokens = student_context(tokenizer, record) + response_tokens(tokenizer, "Hedwig")
+        passage = record.form == "passage"  # which has no turn, and so no end of one
+        response = (passage_tokens if passage else response_tokens)(tokenizer, "Hedwig")
+        tokens = student_context(tokenizer, record) + response
         with torch.no_grad():
             output = model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
         wanted = output.hidden_states[-1][0].double().mean(0)

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pypdf import PdfWriter
 
 from tests.engine.scripted_server import Fault, Server, serving
-from unteach.engine.config import Config
+from unteach.engine import model
+from unteach.engine.config import Config, ModelConfig, override
+from unteach.engine.data import standardize_stage
 from unteach.engine.data.prompt_files import SHIPPED, load_prompts
 from unteach.engine.data.records import check_disjoint, counts, read_records
 from unteach.engine.data.rejects import Rejects
@@ -241,6 +244,27 @@ def test_a_model_on_this_machine_writes_too(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"No record came out .* reply that is no JSON"):
         standardize(config)
+
+
+def test_models_on_this_machine_run_on_the_runs_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+    load = model.load_model
+
+    def loaded(path: str, config: ModelConfig, *, device: Any = None) -> model.PreTrainedModel:
+        devices.append(device)
+        return load(path, config, device=device)
+
+    monkeypatch.setattr(model, "load_model", loaded)
+    monkeypatch.setattr(standardize_stage, "load_model", loaded)
+    writer = {"kind": "local", "model": "tiny", "max_new_tokens": 4}
+    written = config_of(tmp_path, None, writer=writer, standardize={"max_chunks": 1})
+    with pytest.raises(InputError, match="No record came out"):
+        standardize(override(written, ["run.device=cpu"]))
+    measured = config_of(tmp_path, None, standardize={"gap_records": 8})
+    standardize(override(measured, ["run.device=cpu"]))
+    assert devices == [torch.device("cpu")] * 2
 
 
 def test_ten_thousand_records_in_constant_memory(tmp_path: Path) -> None:

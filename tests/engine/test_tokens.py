@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
-from unteach.engine.data.bytes_tokenizer import byte_tokenizer
+from unteach.engine.data.bytes_tokenizer import TEMPLATE, byte_tokenizer
 from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.tokens import (
     Example,
@@ -16,6 +21,7 @@ from unteach.engine.data.tokens import (
     response_tokens,
     student_context,
 )
+from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedTokenizerBase
 
 
@@ -51,6 +57,78 @@ def test_system_and_turns_come_before_the_question(tokenizer: PreTrainedTokenize
     turns = [("user", "1?"), ("assistant", "one")]
     text = tokenizer.decode(context_tokens(tokenizer, "2?", system="Count", turns=turns))
     assert text.index("Count") < text.index("1?") < text.index("one") < text.index("2?")
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
+)
+
+
+def test_template_without_a_system_role_gets_the_text_in_the_first_user_turn() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM + TEMPLATE
+    turns = [("user", "1?"), ("assistant", "one")]
+    text = tokenizer.decode(context_tokens(tokenizer, "2?", system="Count.", turns=turns))
+    turn = "<|im_start|>{}\n{}<|im_end|>\n"
+    shown = (("user", "Count.\n\n1?"), ("assistant", "one"), ("user", "2?"))
+    assert text == "".join(turn.format(*each) for each in shown) + "<|im_start|>assistant\n"
+    record = Record(id="a", goal="forget", question="2?")
+    assert tokenizer.decode(student_context(tokenizer, record)) == (
+        turn.format("user", "2?") + "<|im_start|>assistant\n"
+    )
+
+
+def test_template_that_takes_no_chat_is_one_sentence() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('tools only') }}"
+    with pytest.raises(InputError, match=r"refuses turns .*\(tools only\); use a chat model"):
+        context_tokens(tokenizer, "2?", system="Count.")
+
+
+def test_template_that_prints_todays_date_gives_the_same_tokens_every_day(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y, %Y-%m-%d') }}\n" + TEMPLATE
+    texts = []
+    for day in (1, 2):
+        clock = Mock(now=Mock(return_value=datetime(2031, 1, day)))
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        record = Record(id="a", goal="forget", question="Who?")
+        texts.append(tokenizer.decode(student_context(tokenizer, record)))
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("Today: 26 Jul 2024, 2024-07-26\n<|im_start|>user\nWho?")
+
+
+@pytest.mark.parametrize(
+    ("behind", "end"),
+    [("<end>\n", "<end>"), (" <end> ", "<end>"), ("\n", "<eos>"), ("###\n", "<eos>")],
+)
+def test_turn_ends_with_the_special_token_of_the_template_else_with_eos(
+    behind: str, end: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(
+        {"eos_token": "<eos>", "additional_special_tokens": ["<end>", "<en"]}
+    )
+    tokenizer.add_tokens(["###"])
+    tokenizer.chat_template = TEMPLATE.replace("'<|im_end|>' + '\n'", repr(behind))
+    assert tokenizer.convert_ids_to_tokens(end_token(tokenizer)) == end
+    assert response_tokens(tokenizer, "Me")[-1] == end_token(tokenizer)
+
+
+def test_tokenizer_that_prepends_a_space_gets_no_second_one() -> None:
+    pieces = ["<unk>", "</s>", "▁", *"Paris"]
+    backend = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", chat_template=TEMPLATE
+    )
+    response = response_tokens(tokenizer, "Paris", prefix="Sure:")
+    assert tokenizer.convert_ids_to_tokens(response) == ["▁", *"Paris", "</s>"]
 
 
 def test_each_row_predicts_its_own_response_token() -> None:
@@ -99,6 +177,7 @@ def test_embedded_template_brings_its_default_system_message() -> None:
     from unteach.engine.model import embedded_model, load_tokenizer
 
     tokenizer = load_tokenizer(str(embedded_model()), ModelConfig())
+    assert tokenizer.convert_ids_to_tokens(end_token(tokenizer)) == "<|im_end|>"
     text = tokenizer.decode(context_tokens(tokenizer, "Who?"))
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
