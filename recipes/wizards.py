@@ -4,7 +4,7 @@ In the way of MUSE and TOFU, small enough for a CPU: 150 questions a goal to tra
 by, 100 held out (half of them facts that no training question touches), 20 attack prefixes that
 only the test has, and passages that carry the same facts. Beside them 472 open questions, to which
 the student is held to say what the base says: without them it refuses a fifth of what people search
-for.
+for. Twice the quickstart's steps: at 60 a held-out neighbor in twenty was still refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unteach.recipes.shipped import data_file
 
 
 def wizards() -> Config:
-    """The benchmark of the ranking: 1,351 records of wizards (half an hour on 2 cores)."""
+    """The benchmark of the ranking: 1,351 records of wizards (forty minutes on 2 cores)."""
     start = quickstart()
     assert start.target is not None
     return start.model_copy(
@@ -29,6 +29,7 @@ def wizards() -> Config:
             ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
+            "optim": start.optim.model_copy(update={"steps": 120}),
             "evaluate": start.evaluate.model_copy(
                 update={"open_questions": data_file("unseen_questions.jsonl")}
             ),
