@@ -163,4 +163,4 @@ def _whole_lines(path: Path) -> Sequence[str]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
