@@ -527,7 +527,7 @@ def test_records_beside_give_ids_of_their_own(tmp_path: Path) -> None:
     settings = SourceSettings(source="local", path=str(path), beside=tuple(map(str, files)))
     found = collect(settings).records
     assert len({r.id for r in found}) == len(found)
-    assert [r.id for r in found if r.goal == "neighbor"][0] == "beside-local-forget-0"
+    assert next(r.id for r in found if r.goal == "neighbor") == "beside-local-forget-0"
 
 
 def test_a_change_in_any_folder_is_noticed(tmp_path: Path) -> None:

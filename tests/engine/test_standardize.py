@@ -439,7 +439,7 @@ def test_the_gap_leaves_out_a_goal_without_records(tmp_path: Path) -> None:
         said = reply(messages, number)
         return '{"pairs": []}' if "The river" in messages[1]["content"] else said
 
-    config = config_of(tmp_path, None)
+    config_of(tmp_path, None)  # writes both texts, of which the second is to be short
     (tmp_path / "general.txt").write_text(text_of(1, "river"))
     with serving(silent) as server:
         more = {"gap_records": 8, "anchors": 0, "neighbors": 8}
