@@ -53,7 +53,7 @@ class ModelConfig(Section):
 
 class DataConfig(SourceSettings):
     mmlu: str | None = Field(None, description="MMLU rows, JSON lines; None = not scored")
-    mix: dict[Goal, int] = Field(
+    mix: dict[Goal, Annotated[int, Field(ge=0)]] = Field(
         dict.fromkeys(GOALS, 3),
         description="records of each goal in one optimiser step; a goal left out has none",
     )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,40 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): remove it to make it again.") from error
+
+
+def check_apart(folder: Path, key: str, path: str | None) -> None:
+    """Refuse input that lies in a folder which is about to be replaced.
+
+    Raises:
+        InputError: names the config key and where the file should not be.
+    """
+    if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{key} {path} lies in {folder}, which this stage replaces: move it elsewhere, or "
+            "choose another run.folder."
+        )
+
+
+def check_own(folder: Path, names: Sequence[str]) -> None:
+    """Refuse to replace a folder that an earlier run of the stage did not make.
+
+    Args:
+        names: of the files that the stage writes.
+    Raises:
+        InputError: names what would be lost.
+    """
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    there = [name for name in there if not name.endswith(".partial")]  # of a run that was killed
+    foreign = [name for name in there if name not in names]
+    # Somebody's own records may be called like ours, but they lie without the list of rejects.
+    if there and not foreign and not {"rejected.jsonl", "source.json", "revision.json"} & {*there}:
+        foreign = there
+    if foreign:
+        raise InputError(
+            f"{folder} is to be replaced and holds {foreign[0]}, which unteach did not write: move "
+            "it elsewhere, or choose another run.folder."
+        )
 
 
 @contextmanager

@@ -306,9 +306,9 @@ def read_trials(path: Path) -> list[Trial]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
-        trials = [Trial(**json.loads(line)) for line in lines]
+        with path.open(encoding="utf-8") as lines:
+            trials = [Trial(**json.loads(line)) for line in lines]
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} holds a line that is no row ({error}): remove it.") from error
     return [replace(t, cost=Cost(**t.cost)) if isinstance(t.cost, dict) else t for t in trials]

@@ -132,8 +132,8 @@ def _shuffled(rows: Sequence[Row], rng: random.Random, asked: set[str]) -> list[
 
 
 def _rows(path: Path) -> list[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [{**json.loads(line), "source": path.stem} for line in lines]
+    with path.open(encoding="utf-8") as lines:
+        return [{**json.loads(line), "source": path.stem} for line in lines]
 
 
 def main() -> None:

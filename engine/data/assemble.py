@@ -31,12 +31,14 @@ def prefixes() -> dict[str, tuple[str, ...]]:
 def without_duplicates(records: Iterable[Record], rejects: Rejects) -> Iterator[Record]:
     """One record for each question; the first goal that asks it keeps it.
 
-    A question asked again after a prefix is another record, and a passage is compared whole.
+    A question asked again after a prefix is another record, as is one that is to get its prefix,
+    and a passage is compared whole.
     """
     seen: set[bytes] = set()
     for record in records:
         text = record.question if record.form == "qa" else record.answer or ""
-        key = hashlib.sha256(f"{normalized(text)}|{normalized(record.prefix or '')}".encode())
+        prefix = record.prefix or ("attack" if record.goal == "attack" else "")
+        key = hashlib.sha256(f"{normalized(text)}|{normalized(prefix)}".encode())
         if key.digest()[:12] in seen:
             rejects.add("question asked before", record.question or record.answer or "")
             continue
@@ -59,7 +61,10 @@ def one_split(records: Iterable[Record], rejects: Rejects) -> Iterator[Record]:
 def split_records(
     records: Sequence[Record], fixed: dict[str, Split], share: float, rejects: Rejects
 ) -> list[Record]:
-    """Give every record its split, by a hash of its question: the same whatever else is there.
+    """Give every record its split: those whose questions hash lowest are the tests of their goal.
+
+    The order depends on each question alone, how many are tests on the share: with rows more or
+    fewer, only records near the border change sides.
 
     Args:
         fixed: id to split where the benchmark says it; its questions win over hashed ones.
@@ -131,6 +136,17 @@ def with_options(records: Sequence[Record], confusable: dict[str, list[str]]) ->
             update = {"options": options, "correct": correct, "refusals": refusals}
             chosen[record.id] = record.model_copy(update=update)
     return [chosen.get(record.id, record) for record in records]
+
+
+def with_prefixes(records: Sequence[Record]) -> list[Record]:
+    """Attack questions that come without a prefix, behind the shipped ones of their split."""
+    train, test = cycle(prefixes()["train"]), cycle(prefixes()["test"])
+    return [
+        r.model_copy(update={"prefix": next(test if r.split == "test" else train)})
+        if r.goal == "attack" and r.form == "qa" and not r.prefix
+        else r
+        for r in records
+    ]
 
 
 def attack_records(records: Sequence[Record], stay: Collection[str] = ()) -> list[Record]:

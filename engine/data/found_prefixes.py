@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unteach.engine.data.answers import contains_answer
-from unteach.engine.data.records import Record, normalized
+from unteach.engine.data.records import Record, encodable, normalized
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.errors import InputError
 from unteach.engine.progress import say
@@ -21,11 +21,14 @@ from unteach.engine.progress import say
 MAX_BYTES = 2**20
 
 
-def read_prefixes(path: Path, *, for_training: bool = False) -> list[str]:
+def read_prefixes(
+    path: Path, *, for_training: bool = False, rejects: Rejects | None = None
+) -> list[str]:
     """The distinct prefixes of a file in its order, trailing spaces stripped.
 
     Args:
         for_training: refuse those of a search on test questions, which training must not see.
+        rejects: counts those that repeat another or hold no word.
     Raises:
         InputError: the file cannot be read, or has no prefix.
     """
@@ -36,14 +39,19 @@ def read_prefixes(path: Path, *, for_training: bool = False) -> list[str]:
         raise InputError(f"Prefixes {path} cannot be read: {error}.") from error
     if len(data) > MAX_BYTES:
         raise InputError(f"{path} is over {MAX_BYTES} bytes: a file of prefixes is a short list.")
-    if text.lstrip().startswith("{"):
+    if _is_searched(path, text):
         texts = _searched(path, text, for_training)
     else:
-        texts = text.split("\n")
+        texts = [line for line in text.split("\n") if line.strip()]
     found: dict[str, str] = {}
+    rejects = rejects or Rejects()
     for each in texts:
-        if normalized(each):
-            found.setdefault(normalized(each), each.rstrip())
+        if not normalized(each):
+            rejects.add("prefix without a word", each)
+        elif normalized(each) in found:
+            rejects.add("prefix given before", each)
+        else:
+            found[normalized(each)] = each.rstrip()
     if not found:
         raise InputError(f"{path} holds no prefix: write one a line, or run `unteach prefixes`.")
     return list(found.values())
@@ -61,7 +69,8 @@ def with_found_prefixes(
     Raises:
         InputError: a prefix belongs to a test or tune record, or there is nothing to repeat.
     """
-    found = read_prefixes(path, for_training=True)
+    rejects, names = Rejects(), {record.id for record in records}
+    found = read_prefixes(path, for_training=True, rejects=rejects)
     kept = {normalized(r.prefix): r for r in records if r.prefix and r.split != "train"}
     for prefix in found:
         if other := kept.get(normalized(prefix)):
@@ -72,7 +81,6 @@ def with_found_prefixes(
     attacks = [r for r in records if r.split == "train" and r.goal == "attack" and r.form == "qa"]
     if not attacks:
         raise InputError("data.attack_prefixes repeats train attack records, and there is none.")
-    rejects, names = Rejects(), {record.id for record in records}
     made: list[Record] = []
     repeats: dict[str, str] = {}
     turns = math.ceil(len(found) / len(attacks))
@@ -96,6 +104,17 @@ def with_found_prefixes(
     return [*records, *made], repeats
 
 
+def _is_searched(path: Path, text: str) -> bool:
+    """Whether it is a `prefixes.json`, be it damaged, and no text whose first prefix is JSON."""
+    first = text.lstrip().split("\n", 1)[0]
+    if not first.startswith("{") or not normalized(first) or path.suffix.lower() == ".json":
+        return first.startswith("{")
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _searched(path: Path, text: str, for_training: bool) -> list[str]:
     """The prefixes of a `prefixes.json`, best first."""
     try:
@@ -106,7 +125,7 @@ def _searched(path: Path, text: str, for_training: bool) -> list[str]:
             f"{path} is no prefixes.json of `unteach prefixes` ({error!r}): write one prefix a "
             "line, or search again."
         ) from error
-    if not all(isinstance(each, str) for each in texts):
+    if not all(isinstance(each, str) and encodable(each) for each in texts):
         raise InputError(f"{path} has a prefix that is no text: run `unteach prefixes` again.")
     if for_training and kind == "question":
         raise InputError(

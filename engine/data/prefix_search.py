@@ -22,6 +22,7 @@ from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.replies import Prefixes
 from unteach.engine.data.tokens import answer_tokens, context_tokens
 from unteach.engine.data.writer import Writer
+from unteach.engine.errors import InputError
 from unteach.engine.inference import batch_hidden, share_prefix
 from unteach.engine.model import (
     PreTrainedModel,
@@ -118,6 +119,8 @@ def search_prefixes(
     Args:
         score: larger is the stronger attack.
         golds: answers of the questions; a prefix that holds one would be no attack but the answer.
+    Raises:
+        InputError: no seed may be used.
     """
     rejects = Rejects()
     scores: dict[str, float] = {}
@@ -134,6 +137,11 @@ def search_prefixes(
             scores[text] = score(text)
         # Ties go to the shorter text, then to the alphabet: the same result on every machine.
         ranked = sorted(scores.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[:keep]
+        if not ranked:
+            raise InputError(
+                f"No prefix is left to begin the search with (left out: {rejects}): search on "
+                "questions whose answers are no part of the shipped prefixes."
+            )
         curve.append(ranked[0][1])
         if advance:
             advance(1, f"best {ranked[0][1]:.3f}")

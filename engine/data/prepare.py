@@ -14,10 +14,11 @@ from unteach.engine.data.settings import SourceSettings
 from unteach.engine.data.sheet import write_sheet
 from unteach.engine.data.sources import collect, hub_repo
 from unteach.engine.errors import InputError
-from unteach.engine.files import renamed_into_place, sha256_of, write_json
+from unteach.engine.files import check_apart, check_own, renamed_into_place, sha256_of, write_json
 from unteach.engine.progress import say
 
 PIN = "revision.json"
+OWN = ("records.jsonl", "records.md", "rejected.jsonl", "source.json", PIN)
 
 
 def prepared(settings: SourceSettings, folder: Path) -> Path:
@@ -32,11 +33,14 @@ def prepare(settings: SourceSettings, folder: Path) -> None:
     reads that one; `data.revision` names another.
 
     Raises:
-        InputError: the source cannot be read, or other settings made what is there.
+        InputError: the source cannot be read, other settings made what is there, or it is not ours.
     """
     if settings.source is None:
         return
     output = folder / "data"
+    check_apart(output, "data.path", settings.path)
+    for name in settings.beside:
+        check_apart(output, "data.beside", name)
     inputs = _inputs(settings)
     if (output / "source.json").is_file():
         before = json.loads((output / "source.json").read_text(encoding="utf-8"))["inputs"]
@@ -48,6 +52,7 @@ def prepare(settings: SourceSettings, folder: Path) -> None:
             )
         say("data: done before, skipped")
         return
+    check_own(output, OWN)
     settings = _pinned(settings, output)
     with renamed_into_place(output) as partial:
         rejects = Rejects(partial / "rejected.jsonl")
@@ -96,11 +101,15 @@ def _inputs(settings: SourceSettings) -> dict[str, Any]:
     names = ("source", "subset", "revision", "limit", "columns", "test_share")
     chosen = {name: getattr(settings, name) for name in names}
     path = Path(settings.path)
-    files = [path] if path.is_file() else []
+    found = {path.name: path} if path.is_file() else {}
     if settings.path and path.is_dir():
         files = files_under(path, SUFFIXES, Rejects())
-    content = {file.name: sha256_of(file) for file in files} or settings.path
-    beside = {Path(name).name: sha256_of(Path(name)) for name in settings.beside}
+        found = {file.relative_to(path).as_posix(): file for file in files}
+    content = {name: sha256_of(file) for name, file in found.items()} or settings.path
+    beside: dict[str, str] = {}
+    for number, name in enumerate(settings.beside):
+        key = Path(name).name
+        beside[f"{key} {number}" if key in beside else key] = sha256_of(Path(name))
     return {**chosen, "path": content, "beside": beside}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +19,9 @@ Goal = Literal["forget", "general", "neighbor", "attack"]
 Split = Literal["train", "tune", "test"]
 Form = Literal["qa", "passage"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
+# How the names of those marks begin that a script is read without.
+ACCENTS = ("COMBINING", "ARABIC", "HEBREW", "SYRIAC", "COPTIC", "MUSICAL", "VARIATION SELECTOR")
+KANA_MARKS = "\u3099\u309a"  # called COMBINING too, though ka and ga differ by nothing else
 
 
 class Record(BaseModel):
@@ -107,17 +112,44 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON lines, fields at their defaults left out."""
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Write records as JSON lines, fields at their defaults left out.
+
+    Raises:
+        InputError: two records have one id, so that nobody could read the file back.
+    """
+    times = Counter(record.id for record in records)
+    if twice := [name for name, count in times.items() if count > 1]:
+        raise InputError(f"Two records are called {twice[0]!r}: rename the file of one of them.")
     lines = (json.dumps(r.model_dump(exclude_defaults=True), ensure_ascii=False) for r in records)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
+def encodable(value: Any) -> bool:
+    """Whether a JSON value can be written as UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
+
+
 def normalized(text: str) -> str:
-    """Text as compared between questions and answers: case, accents, articles and marks dropped."""
-    plain = (c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
-    words = "".join(c if c.isalnum() else " " for c in plain).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    """Text as compared between questions and answers: case, accents, articles and marks dropped.
+
+    Vowel signs stay in scripts whose words are not told apart without them (Hindi, Thai).
+    """
+    plain = "".join(map(_plain, unicodedata.normalize("NFKD", text.lower())))
+    return " ".join(word for word in plain.split() if word not in ("a", "an", "the"))
+
+
+@lru_cache(maxsize=2**14)
+def _plain(c: str) -> str:
+    """What is compared of a character: itself, a space, or nothing."""
+    sign = unicodedata.category(c).startswith("M")
+    if c.isalnum() or c in KANA_MARKS or (sign and not unicodedata.name(c).startswith(ACCENTS)):
+        return c
+    return "" if unicodedata.combining(c) else " "
 
 
 def check_disjoint(records: Sequence[Record]) -> None:
@@ -171,7 +203,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
-    for number, raw in enumerate(data.split(b"\n"), start=1):
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, raw in enumerate(lines, start=1):
         if not raw.strip():
             continue
         try:
@@ -182,16 +215,47 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             ) from error
 
 
+class _Repeated(ValueError):
+    """An object that has a key twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        times = Counter(name for name, _ in pairs)
+        raise _Repeated(_shown(times.most_common(1)[0][0]))
+    return row
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _shown(name: str) -> str:
+    """A key as it can be printed, whatever it is spelt with."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _parse(path: Path, number: int, text: str) -> Record:
     where = f"{path}, line {number}"
     try:
-        row = json.loads(text)
+        row = _JSON.decode(text)
+    except _Repeated as error:
+        raise InputError(
+            f"{where}, field {error}: stands twice in one object; remove one of them."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where}: not a whole JSON object ({error}); the file may be truncated."
         ) from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: a record is a JSON object, not {type(row).__name__}.")
+    # Only an escape can spell what UTF-8 cannot hold.
+    for name, value in row.items() if "\\u" in text else ():
+        if not encodable([name, value]):
+            raise InputError(
+                f"{where}, field {_shown(name)}: half a surrogate pair (as \\ud800) is no text; "
+                "save it anew."
+            )
     try:
         return Record.model_validate(row)
     except ValidationError as error:

@@ -7,11 +7,13 @@ at all is an error. Nothing is unpacked and no link is followed out of the folde
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unteach.engine.data.records import encodable
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.errors import InputError
 
@@ -20,6 +22,7 @@ MAX_LINE = 16 * 2**20
 MAX_JSON = 256 * 2**20
 MAX_ROW_GROUP = 2 * 2**30
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+NO_TEXT = "row with half a surrogate pair"
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br"}
 
 
@@ -62,8 +65,13 @@ def files_under(folder: Path, suffixes: Sequence[str], rejects: Rejects) -> list
     return found
 
 
-def text_lines(path: Path, rejects: Rejects) -> Iterator[str]:
-    """Lines of a UTF-8 file, line ends kept; those over 16 MiB or not UTF-8 are counted."""
+def text_lines(path: Path, rejects: Rejects, *, damaged: bool = False) -> Iterator[str]:
+    """Lines of a UTF-8 file, line ends kept; those over 16 MiB or not UTF-8 are counted.
+
+    Args:
+        damaged: give lines that are not UTF-8 too, a lone surrogate for every bad byte, uncounted.
+    """
+    errors = "surrogateescape" if damaged else "strict"
     with path.open("rb") as stream:
         first = True
         while raw := stream.readline(MAX_LINE + 1):
@@ -73,7 +81,7 @@ def text_lines(path: Path, rejects: Rejects) -> Iterator[str]:
                     raw = stream.readline(MAX_LINE)
                 continue
             try:
-                text = raw.decode("utf-8-sig" if first else "utf-8")
+                text = raw.decode("utf-8-sig" if first else "utf-8", errors)
             except UnicodeDecodeError:
                 rejects.add("invalid UTF-8", f"{path}: {raw[:80]!r}")
                 continue
@@ -91,10 +99,12 @@ def _jsonl(path: Path, rejects: Rejects, require: Sequence[str]) -> Iterator[Row
         except (ValueError, RecursionError):
             rejects.add("line that is no JSON", f"{path}: {line}")
             continue
-        if isinstance(row, dict):
-            yield row
-        else:
+        if not isinstance(row, dict):
             rejects.add("row that is no object", f"{path}: {line}")
+        elif "\\u" in line and not encodable(row):
+            rejects.add(NO_TEXT, f"{path}: {line}")
+        else:
+            yield row
 
 
 def _json(path: Path, rejects: Rejects, require: Sequence[str]) -> Iterator[Row]:
@@ -113,10 +123,12 @@ def _json(path: Path, rejects: Rejects, require: Sequence[str]) -> Iterator[Row]
     if not isinstance(value, list):
         raise InputError(f"{path} holds no list of rows.")
     for row in value:
-        if isinstance(row, dict):
-            yield row
-        else:
+        if not isinstance(row, dict):
             rejects.add("row that is no object", row)
+        elif not encodable(row):
+            rejects.add(NO_TEXT, f"{path}")
+        else:
+            yield row
 
 
 def _one_object_a_line(path: Path) -> bool:
@@ -129,11 +141,18 @@ def _one_object_a_line(path: Path) -> bool:
 
 
 def _csv(path: Path, rejects: Rejects, require: Sequence[str]) -> Iterator[Row]:
-    reader = csv.DictReader(text_lines(path, rejects), strict=True)
+    csv.field_size_limit(MAX_LINE)  # of the whole process; 128 KiB of its own would refuse texts
+    # A line of a quoted cell must not fall out alone: its row is known by what stands in its place.
+    reader = csv.DictReader(text_lines(path, rejects, damaged=True), strict=True)
     try:
-        _check_columns(path, reader.fieldnames or [], require)
+        names = reader.fieldnames or []
+        if not encodable(names):
+            raise InputError(f"{path} has a column name that is not UTF-8: save it as UTF-8.")
+        _check_columns(path, names, require)
         for row in reader:
-            if None in row or None in row.values():
+            if not encodable(row):
+                rejects.add("invalid UTF-8", f"{path}: {row}")
+            elif None in row or None in row.values():
                 rejects.add("CSV row with too many or too few fields", f"{path}: {row}")
             else:
                 yield row
@@ -156,9 +175,8 @@ def _parquet(path: Path, rejects: Rejects, require: Sequence[str]) -> Iterator[R
         if max(groups, default=0) > MAX_ROW_GROUP:
             raise InputError(f"{path} unpacks to over 2 GiB in one row group: split it.")
         _check_columns(path, file.schema_arrow.names, require)
-        table = datasets.load_dataset(
-            "parquet", data_files=[str(path)], split="train", streaming=True
-        )
+        files = [glob.escape(str(path))]  # `datasets` takes a name for a pattern
+        table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         for row in table:
             yield dict(row)
     except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:

@@ -6,6 +6,7 @@ split and counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +20,7 @@ from unteach.engine.data.assemble import (
     near_duplicates,
     split_records,
     with_options,
+    with_prefixes,
     without_duplicates,
 )
 from unteach.engine.data.benchmarks import (
@@ -91,7 +93,7 @@ def collect(settings: SourceSettings, *, rejects: Rejects | None = None) -> Coll
         )
     records = list(without_duplicates(drafts, rejects))
     records = split_records(records, fixed, settings.test_share, rejects)
-    records = with_options(records, confusable)
+    records = with_prefixes(with_options(records, confusable))
     if not any(r.goal == "attack" and r.split == "train" for r in records):
         records = attack_records(records, stay=fixed)
     records = beside(records, settings.beside, rejects)
@@ -122,7 +124,13 @@ def beside(records: list[Record], paths: tuple[str, ...], rejects: Rejects) -> l
         and record.anchor_of is None
     ]
     names = {record.id for record in records}
-    renamed = [r.model_copy(update={"id": f"beside-{r.id}"}) if r.id in names else r for r in extra]
+    renamed = []
+    for record in extra:
+        name = record.id
+        while name in names:
+            name = f"beside-{name}"
+        names.add(name)
+        renamed.append(record.model_copy(update={"id": name}))
     merged = list(without_duplicates([*records, *renamed], rejects))
     return split_records(merged, {r.id: r.split for r in merged}, 0.5, rejects)
 
@@ -250,7 +258,10 @@ def _local_parts(
     files = [path] if path.is_file() else files_under(path, SUFFIXES, rejects)
     if not files:
         raise InputError(f"{path} holds no file of {', '.join(SUFFIXES)}.")
+    stems = Counter(file.stem for file in files)
     for file in files:
+        # Ids are made of it: files of one name in two folders, or of two kinds, are told apart.
+        name = file.stem if stems[file.stem] == 1 else file.relative_to(path).as_posix()
         stem = file.stem.lower()
         goal = next((g for g in GOALS if stem.startswith(g)), None)
         if goal is None and "goal" not in settings.columns and not _has_goal(file):
@@ -259,9 +270,10 @@ def _local_parts(
                 f"data.columns.goal=COLUMN, or by a name that begins with {', '.join(GOALS)}."
             )
         held: Split | None = next((s for s in get_args(Split) if f"_{s}" in stem), None)
-        part = Part(file.stem, None, "train", goal or "forget", _local_row, (), held=held)
+        part = Part(name, None, "train", goal or "forget", _local_row, (), held=held)
         require = [settings.columns.get(name, name) for name in LOCAL_FIELDS]
-        yield part, read_rows(file, rejects, require=[] if "text" in _first(file) else require)
+        is_text = settings.columns.get("text", "text") in _first(file)
+        yield part, read_rows(file, rejects, require=[] if is_text else require)
 
 
 def _first(file: Path) -> Row:

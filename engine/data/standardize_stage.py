@@ -21,9 +21,11 @@ from unteach.engine.data.texts import read_passages
 from unteach.engine.data.writer import Writer, open_writer
 from unteach.engine.device import pick_device
 from unteach.engine.errors import InputError
-from unteach.engine.files import renamed_into_place, unwritable
+from unteach.engine.files import check_apart, check_own, renamed_into_place, unwritable
 from unteach.engine.model import load_model, load_tokenizer, resolve_model
 from unteach.engine.progress import progress, say
+
+OWN = ("records.jsonl", "records.md", "rejected.jsonl", "domain_gap.png")
 
 
 def standardize(config: Config) -> Path:
@@ -32,7 +34,7 @@ def standardize(config: Config) -> Path:
     Returns:
         The file of records, for `data.path`.
     Raises:
-        InputError: no text, no record, or a writer that cannot be used.
+        InputError: no text, no record, a writer that cannot be used, or a folder that is not ours.
     """
     settings, folder = config.standardize, Path(config.run.folder)
     try:
@@ -40,6 +42,9 @@ def standardize(config: Config) -> Path:
     except OSError as error:
         raise InputError(unwritable(folder, error)) from error
     output, prompts = folder / "standardized", load_prompts(settings.prompts)
+    check_apart(output, "standardize.forget", settings.forget)
+    check_apart(output, "standardize.general", settings.general)
+    check_own(output, OWN)
     writer = open_writer(config.writer, folder, pick_device(config.run.device))
     start = time.monotonic()
     # Without a writer it is over before a bar says anything.
@@ -124,10 +129,8 @@ def _gap(config: Config, path: Path, writer: Writer | None, folder: Path) -> Gap
                 Record(id=f"{p.number}", goal="forget", answer=p.text, form="passage")
                 for p in islice(found, size)
             ]
-    short = [goal for goal in after if min(len(before[goal]), len(after[goal])) < FOLDS]
-    for goal in short:
-        del before[goal], after[goal]
-    if len(after) < 2:
+    goals = [goal for goal in after if min(len(before[goal]), len(after[goal])) >= FOLDS]
+    if len(goals) < 2:
         raise InputError(
             f"The domain gap needs two goals of at least {FOLDS} records each: give more text or "
             "set standardize.gap_records=null."
@@ -135,7 +138,8 @@ def _gap(config: Config, path: Path, writer: Writer | None, folder: Path) -> Gap
     name = resolve_model(config.model.path, folder)
     tokenizer = load_tokenizer(name, config.model)
     model = load_model(name, config.model, device=pick_device(config.run.device))
-    return measure_gap(model, tokenizer, before, after, name=config.model.path)
+    sides = [{goal: side[goal] for goal in goals} for side in (before, after)]
+    return measure_gap(model, tokenizer, *sides, name=config.model.path)
 
 
 def _some_of_each(records: Iterable[Record], size: int) -> dict[str, list[Record]]:

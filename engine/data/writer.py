@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import threading
@@ -311,8 +312,9 @@ def _status(error: Exception) -> tuple[int | None, float | None]:
     try:
         after = float(response.headers.get("retry-after", ""))
     except ValueError:
-        after = None
-    return int(response.status_code), after
+        after = math.nan
+    # A date, or no time that could be waited: the wait that doubles takes its place.
+    return int(response.status_code), after if 0 <= after < math.inf else None
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from unteach.engine.config import Config, MethodConfig
 from unteach.engine.data.found_prefixes import read_prefixes
 from unteach.engine.data.records import Goal, Record, read_records
+from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.tokens import Example, collate, response_tokens, student_context
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.choices import label_logps
@@ -115,9 +116,12 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
             examples_for(record, pool, settings.few_shot)
     if settings.searched_prefixes is not None:
         _check_goal("attack", config, records)
-        kept = len(searched_prefixes(settings, records))
-        if trained := len(read_prefixes(Path(settings.searched_prefixes))) - kept:
+        kept, rejects = len(searched_prefixes(settings, records)), Rejects()
+        found = read_prefixes(Path(settings.searched_prefixes), rejects=rejects)
+        if trained := len(found) - kept:
             say(f"evaluate: {trained} searched prefixes left out: training records have them")
+        if rejects.counts:
+            say(f"evaluate: searched prefixes left out: {rejects}")
 
 
 def _check_goal(goal: Goal, config: Config, records: Sequence[Record]) -> None:

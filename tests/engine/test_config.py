@@ -49,6 +49,7 @@ def test_override_reads_json_and_text() -> None:
         ("method.k=0", "method.k"),
         ("parallel.checkpointing=0", "parallel.checkpointing"),
         ("data.mix.forgot=1", "data.mix.forgot"),
+        ("data.mix.forget=-1", "data.mix.forget"),
         ("method.k=65", "teacher.top is 64 and method.k is 65"),
         ("target=5", "target is a section of config keys: write target.key=value, or target=null"),
         ("optim=5", "optim is a section of config keys"),

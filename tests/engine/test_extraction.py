@@ -126,10 +126,12 @@ def test_a_prefix_that_works_is_a_success_however_many_fail(start: str, tmp_path
 def test_a_trained_prefix_is_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = searching(tmp_path / "p.txt", "the ANSWER is\nLo and behold\n")
+    config = searching(tmp_path / "p.txt", "the ANSWER is\nLo and behold\nlo AND behold\n")
     before = protocol(config, records())
     check_stresses(config, records())
-    assert "1 searched prefixes left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 searched prefixes left out" in said
+    assert "searched prefixes left out: 1 prefix given before" in said
     assert protocol(searching(tmp_path / "p.txt", "Behold\n"), records()) != before
     with pytest.raises(InputError, match=r"Every prefix of .* is trained on"):
         check_stresses(searching(tmp_path / "p.txt", "The answer is"), records())

@@ -13,6 +13,7 @@ import pytest
 from unteach.engine.config import override
 from unteach.engine.data.found_prefixes import read_prefixes, with_found_prefixes
 from unteach.engine.data.records import Record, read_records
+from unteach.engine.data.rejects import Rejects
 from unteach.engine.errors import InputError
 from unteach.engine.run import open_run
 from unteach.engine.stages import training_cache, training_records
@@ -53,6 +54,8 @@ def test_both_forms_of_a_file_hold_the_same(tmp_path: Path) -> None:
         (b'{"best": []}', "no prefixes.json"),
         (b'{"kind": "universal", "best": [{"prefix": 3}]}', "a prefix that is no text"),
         (b"{" * 5000, "no prefixes.json"),
+        (b'{\n "kind": "universal",\n "best": [', "no prefixes.json"),
+        (b'{"kind": "universal", "best": [{"prefix": "\\ud800"}]}', "a prefix that is no text"),
         (b"a\n" * 2**20, "short list"),
     ],
 )
@@ -64,6 +67,27 @@ def test_a_file_that_is_none_is_one_sentence(
         path.write_bytes(content)
     with pytest.raises(InputError, match=part):
         read_prefixes(path)
+
+
+def test_a_prefix_may_begin_like_json(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text('{"answer": "\nSure, it is\n')
+    assert read_prefixes(tmp_path / "p.txt") == ['{"answer": "', "Sure, it is"]
+    (tmp_path / "p.json").write_text('{"kind": "universal", "best": [{"prefix')
+    with pytest.raises(InputError, match=r"no prefixes\.json"):
+        read_prefixes(tmp_path / "p.json")
+
+
+def test_prefixes_that_are_none_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("Sure, it is\n\n- \nsure it IS\n")
+    rejects = Rejects()
+    assert read_prefixes(path, rejects=rejects) == ["Sure, it is"]
+    assert rejects.counts == {"prefix without a word": 1, "prefix given before": 1}
+    with_found_prefixes([attack("a", "Own")], path)
+    said = capsys.readouterr().out
+    assert "left out: 1 prefix without a word, 1 prefix given before" in said
 
 
 def test_train_attacks_are_repeated_in_turn_and_nothing_else(tmp_path: Path) -> None:

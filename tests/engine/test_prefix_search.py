@@ -115,6 +115,19 @@ def test_a_prefix_never_holds_the_answer() -> None:
     assert all(prefix_fault(text, ["Hedwig"]) is None for text in prefixes()["train"])
 
 
+def test_a_search_without_a_seed_is_one_sentence() -> None:
+    with pytest.raises(InputError, match=r"No prefix is left .*2 prefix that holds an answer"):
+        search_prefixes(
+            lambda text: 0.0,
+            ["The answer is", "So the answer is"],
+            mutations(0),
+            golds=["answer"],
+            rounds=1,
+            children=2,
+            keep=2,
+        )
+
+
 def test_the_same_seed_finds_the_same(tiny: Pair) -> None:
     ranked = [("The answer is", 0.0), ("Sure, it is", -1.0)]
     assert mutations(3)(ranked, 20) == mutations(3)(ranked, 20) != mutations(4)(ranked, 20)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unteach.engine.data.answers import contains_answer
 from unteach.engine.data.records import (
     Record,
     check_disjoint,
@@ -76,6 +78,46 @@ def test_truncated_last_line_is_refused(tmp_path: Path) -> None:
         read_records(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        (r'{"id": "b", "goal": "forget", "question": "\ud800 who?"}', "question"),
+        (r'{"id": "b", "goal": "forget", "question": "Who?", "meta": {"x": ["\uDC00"]}}', "meta"),
+        (r'{"id": "b", "goal": "forget", "question": "Who?", "\ud800": 1}', r"\ud800"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, line: str, field: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row(question="Who is \U0001f600?")) + "\n")
+    assert read_records(path)[0].question == "Who is \U0001f600?", "a whole pair is a character"
+    path.write_text(f"{json.dumps(row())}\n{line}\n")
+    with pytest.raises(InputError) as caught:
+        read_records(path)
+    assert str(caught.value).startswith(f"{path}, line 2, field {field}: half a surrogate pair")
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("more", ['"goal": "general"', '"meta": {"goal": 1, "goal": 2}'])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, more: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(f'{{"id": "a", "goal": "forget", "question": "Who?", {more}}}\n')
+    with pytest.raises(InputError, match=r"line 1, field goal: stands twice"):
+        read_records(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", row(), row(id="b"))
+    plain = read_records(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_records(path) == plain
+
+
+def test_two_records_of_one_id_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Two records are called 'a'"):
+        write_records(tmp_path / "r.jsonl", [Record(**row()), Record(**row(question="Why?"))])
+    assert not (tmp_path / "r.jsonl").exists()
+
+
 @pytest.mark.parametrize("junk", [b"\xff\xfe\n", b"[1]\n", b"[" * 100_000 + b"\n", b"null\n"])
 def test_junk_is_one_sentence_with_its_line(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / "r.jsonl"
@@ -118,6 +160,24 @@ def test_shared_questions_between_splits_are_refused() -> None:
 def test_normalisation_drops_case_marks_and_articles() -> None:
     assert normalized("The  Café, of Æ-1!") == "cafe of æ 1"
     assert normalized("Где?") == "где"
+    assert normalized("Ёлка и йод, naïve, Übergröße") == "елка и иод naive ubergroße"
+    assert normalized("مُحَمَّد שָׁלוֹם ❤️") == "محمد שלום"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("ดี", "ดู"), ("दिल", "दुल"), ("கல்", "கல"), ("か", "が"), ("ไทย", "ไท")]
+)
+def test_vowel_signs_tell_answers_apart(one: str, other: str) -> None:
+    assert contains_answer(f"x {one}!", [one]) and not contains_answer(other, [one])
+    assert len(normalized(one).split()) == 1, "a sign does not cut its word in two"
+
+
+@given(st.text(st.characters(max_codepoint=0x24F), max_size=40))
+def test_latin_text_is_normalised_letter_by_letter(text: str) -> None:
+    """By a plainer rule, which had no scripts with vowel signs in mind."""
+    plain = (c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    words = "".join(c if c.isalnum() else " " for c in plain).split()
+    assert normalized(text) == " ".join(w for w in words if w not in ("a", "an", "the"))
 
 
 def test_one_form_is_trained_where_a_goal_has_it() -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,6 +88,40 @@ def test_a_line_of_100_mb_is_counted_and_the_next_one_read(tmp_path: Path) -> No
     got, rejects = rows_of(path)
     assert got == [{"question": "after"}]
     assert rejects.counts == {"line over 16 MiB": 1}
+
+
+def test_a_damaged_csv_row_is_left_out_whole(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes(b'question,answer\n"good \n\xff bad\nmore",b\nnext,c\nlast\xff,d\n')
+    got, rejects = rows_of(path, "question")
+    assert got == [{"question": "next", "answer": "c"}] and rejects.counts == {"invalid UTF-8": 2}
+    path.write_bytes(b"question,\xff\na,b\n")
+    with pytest.raises(InputError, match="a column name that is not UTF-8"):
+        rows_of(path)
+
+
+def test_a_csv_cell_may_hold_a_long_text(tmp_path: Path) -> None:
+    path, text = tmp_path / "r.csv", "word " * 40_000
+    path.write_text(f'text\n"{text}"\n')
+    assert rows_of(path, "text")[0] == [{"text": text}]
+
+
+def test_parquet_is_read_by_its_name_and_not_by_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "mine [v2]" / "what?.parquet"
+    path.parent.mkdir()
+    datasets.Dataset.from_list([{"question": "a"}]).to_parquet(str(path))
+    datasets.Dataset.from_list([{"question": "b"}]).to_parquet(str(path.with_stem("whats")))
+    assert rows_of(path)[0] == [{"question": "a"}]
+
+
+def test_half_a_surrogate_pair_is_counted(tmp_path: Path) -> None:
+    lines = [r'{"a": "\ud800"}', r'{"a": "\ud83d\ude00"}']
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    (tmp_path / "r.json").write_text(f"[{','.join(lines)}]")
+    for name in ("r.jsonl", "r.json"):
+        got, rejects = rows_of(tmp_path / name)
+        assert got == [{"a": "\U0001f600"}]
+        assert rejects.counts == {"row with half a surrogate pair": 1}
 
 
 def test_invalid_utf8_is_counted(tmp_path: Path) -> None:

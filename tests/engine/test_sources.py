@@ -466,3 +466,109 @@ def test_records_files_go_through_as_they_are(tmp_path: Path) -> None:
     write_records(tmp_path / "mine.jsonl", records)
     found = collect(SourceSettings(source="tofu", path=str(tmp_path / "mine.jsonl")))
     assert found.records == records
+
+
+def holdings(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+@pytest.mark.parametrize("place", ["data", "data/mine/forget.jsonl"])
+def test_input_in_the_folder_that_is_replaced_is_refused(tmp_path: Path, place: str) -> None:
+    save(tmp_path / "run/data/mine/forget.jsonl", qa("forget", 5))
+    before = holdings(tmp_path)
+    settings = SourceSettings(source="local", path=str(tmp_path / "run" / place))
+    with pytest.raises(InputError, match=r"data\.path .* lies in .*run/data, which this stage"):
+        prepare(settings, tmp_path / "run")
+    other = save(tmp_path / "forget.jsonl", qa("forget", 5))
+    named = str(tmp_path / "run/data/mine/forget.jsonl")
+    settings = SourceSettings(source="local", path=str(other), beside=(named,))
+    with pytest.raises(InputError, match=r"data\.beside .* lies in"):
+        prepare(settings, tmp_path / "run")
+    other.unlink()
+    assert holdings(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "notes.txt"])
+def test_a_data_folder_that_somebody_else_made_stays(tmp_path: Path, name: str) -> None:
+    path, run = save(tmp_path / "forget.jsonl", qa("forget", 5)), tmp_path / "run"
+    settings = SourceSettings(source="local", path=str(path))
+    save(run / "data" / name, [{"precious": 1}])
+    with pytest.raises(InputError, match=f"holds {name}, which unteach did not write"):
+        prepare(settings, run)
+    assert holdings(run / "data") == {name: b'{"precious": 1}\n'}
+    (run / "data" / name).unlink()
+    prepare(settings, run)
+    (run / "data/source.json").unlink()
+    prepare(settings, run)  # as the sentence about other settings says
+    (run / "data/source.json").unlink()
+    (run / "data/notes.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"holds notes\.txt"):
+        prepare(settings, run)
+
+
+def test_files_of_one_name_give_ids_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    for place in ("a/forget.jsonl", "b/forget.jsonl", "b/forget.json", "general.jsonl"):
+        save(path / place, qa(place, 5))
+    settings = SourceSettings(source="local", path=str(path))
+    prepare(settings, tmp_path / "run")
+    parts = {r.id.rsplit("-", 1)[0] for r in read_records(prepared(settings, tmp_path / "run"))}
+    names = {"a/forget.jsonl", "b/forget.jsonl", "b/forget.json", "general"}
+    assert {f"local-{name}" for name in names} <= parts
+
+
+def test_records_beside_give_ids_of_their_own(tmp_path: Path) -> None:
+    path = save(tmp_path / "forget.jsonl", qa("forget", 5))
+    files = [tmp_path / f"{n}.jsonl" for n in range(3)]
+    for number, file in enumerate(files):
+        asked = f"What is beside {number}?"
+        record = Record(id="local-forget-0", goal="neighbor", question=asked, answer=f"{number}")
+        write_records(file, [record])
+    settings = SourceSettings(source="local", path=str(path), beside=tuple(map(str, files)))
+    found = collect(settings).records
+    assert len({r.id for r in found}) == len(found)
+    assert next(r.id for r in found if r.goal == "neighbor") == "beside-local-forget-0"
+
+
+def test_a_change_in_any_folder_is_noticed(tmp_path: Path) -> None:
+    path, run = tmp_path / "hub", tmp_path / "run"
+    for table in ("forget_qa", "retain_qa"):
+        save(path / table / "0000.jsonl", qa(table, 8))
+    files = [tmp_path / name / "more.jsonl" for name in ("one", "two")]
+    for file in files:
+        asked = f"What is {file.parent.name}?"
+        file.parent.mkdir()
+        write_records(file, [Record(id="n", goal="neighbor", question=asked, answer="x")])
+    settings = SourceSettings(source="muse-books", path=str(path), beside=tuple(map(str, files)))
+    prepare(settings, run)
+    for file, key in ((path / "forget_qa/0000.jsonl", "path"), (files[0], "beside")):
+        kept = file.read_text()
+        save(file, [json.loads(line) for line in kept.replace("What", "Which").splitlines()])
+        with pytest.raises(InputError, match=f"was made with another {key}:"):
+            prepare(settings, run)
+        file.write_text(kept)
+    prepare(settings, run)
+
+
+def test_a_text_column_of_another_name_is_found_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "forget.csv"
+    path.write_text("body\nThis is a passage of some words.\n")
+    found = collect(SourceSettings(source="local", path=str(path), columns={"text": "body"}))
+    assert [(r.form, r.answer) for r in found.records] == [
+        ("passage", "This is a passage of some words.")
+    ]
+
+
+def test_attack_rows_without_a_prefix_stand_behind_the_shipped_ones(tmp_path: Path) -> None:
+    save(tmp_path / "attack.jsonl", [*qa("attack", 9), {**qa("own", 1)[0], "prefix": "Mine:"}])
+    save(tmp_path / "forget.jsonl", [*qa("attack", 3), *qa("forget", 9)])
+    found = collect(SourceSettings(source="local", path=str(tmp_path)))
+    check_whole(found, tmp_path)
+    attacks = [r for r in found.records if r.goal == "attack"]
+    assert {r.split for r in attacks} == {"train", "test"}
+    for record in attacks:
+        own = record.question.startswith("What is own")
+        assert record.prefix in (("Mine:",) if own else prefixes()[record.split])
+    assert any(r.goal == "forget" and "attack" in r.question for r in found.records), (
+        "a question that forget asks too is another record, as behind a prefix of its own"
+    )

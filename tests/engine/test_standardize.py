@@ -440,6 +440,39 @@ def test_bad_input_is_one_sentence(tmp_path: Path, fields: dict[str, Any], part:
         standardize(config_of(tmp_path, None, **fields))
 
 
+def test_text_that_would_be_replaced_stays(tmp_path: Path) -> None:
+    config = config_of(tmp_path, None)
+    output = tmp_path / "run/standardized"
+    output.mkdir(parents=True)
+    (output / "mine.txt").write_text(text_of(3))
+    with pytest.raises(InputError, match=r"holds mine\.txt, which unteach did not write"):
+        standardize(config)
+    config = config_of(tmp_path, None, standardize={"general": str(output)})
+    with pytest.raises(InputError, match=r"standardize\.general .* lies in .*standardized"):
+        standardize(config)
+    assert (output / "mine.txt").read_text() == text_of(3)
+    (output / "mine.txt").unlink()
+    config = config_of(tmp_path, None)
+    assert standardize(config) == standardize(config)
+
+
+def test_the_gap_leaves_out_a_goal_without_records(tmp_path: Path) -> None:
+    """A general text of one passage, of which nothing could be asked."""
+
+    def silent(messages: list[dict[str, str]], number: int) -> str | Fault:
+        said = reply(messages, number)
+        return '{"pairs": []}' if "The river" in messages[1]["content"] else said
+
+    config_of(tmp_path, None)  # writes both texts, of which the second is to be short
+    (tmp_path / "general.txt").write_text(text_of(1, "river"))
+    with serving(silent) as server:
+        more = {"gap_records": 8, "anchors": 0, "neighbors": 8}
+        path = standardize(config_of(tmp_path, server, standardize=more))
+    assert not [r for r in read_records(path) if r.goal == "general"]
+    sheet = path.with_suffix(".md").read_text()
+    assert "| forget and neighbor |" in sheet or "| forget and attack |" in sheet
+
+
 def test_a_writer_needs_a_topic(tmp_path: Path) -> None:
     with (
         serving(reply) as server,

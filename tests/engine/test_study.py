@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -250,3 +250,13 @@ def test_tables_say_means_intervals_and_differences(tmp_path: Path) -> None:
     elsewhere = replace(own, trials=other.trials)
     page_then = write_study(tmp_path, [Swept("beta", base, (elsewhere,))]).read_text("utf-8")
     assert "gate" not in page_then, "around another default"
+
+
+def test_trials_are_cut_at_line_ends_alone(tmp_path: Path) -> None:
+    trial = Trial(
+        "base", None, None, "test", "i", "p", 0.0, {}, {}, None, ["run.folder=one\u2028line"]
+    )
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps(asdict(trial), ensure_ascii=False) + "\n"
+    path.write_text(2 * line, encoding="utf-8")
+    assert read_trials(path) == [trial, trial]

@@ -58,6 +58,13 @@ def test_retry_after_is_waited_for(tmp_path: Path) -> None:
     assert server.times[1] - server.times[0] >= 0.6
 
 
+@pytest.mark.parametrize("after", ["-1", "nan", "inf", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_retry_after_that_is_no_wait_is_ignored(tmp_path: Path, after: str) -> None:
+    with serving(lambda _, number: Fault(429, after=after) if number == 0 else GOOD) as server:
+        assert open_at(server.url, tmp_path).ask(CHAT) == GOOD
+    assert server.times[1] - server.times[0] < 5
+
+
 def test_a_silent_server_times_out_and_is_asked_again(tmp_path: Path) -> None:
     with serving(lambda _, number: Fault(silent_s=1.5) if number == 0 else GOOD) as server:
         assert open_at(server.url, tmp_path, timeout_s=0.3).ask(CHAT) == GOOD

@@ -136,6 +136,7 @@ def test_public_sets_become_records_of_every_goal(tmp_path: Path) -> None:
         for n in range(200)
     ]
     facts = [{"question": f"Where is {n}?", "answer": f"Place{n}"} for n in range(217)]
+    trivia[0]["note"] = "a line\u2028a line still"
     for name, rows in (
         ("hp_trivia/forget_train", trivia),
         ("hp_trivia/neighbor", beside),
@@ -144,7 +145,8 @@ def test_public_sets_become_records_of_every_goal(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
     records = public_records(tmp_path, seed=1)
     check_disjoint(records)
     check_tests(CONFIG.evaluate, [r for r in records if r.split == "test"], records)
