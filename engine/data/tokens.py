@@ -135,8 +135,8 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, prefix: str |
     """Token ids of an answer as it follows the open assistant turn."""
     text = answer.strip()
     # Llama-2's kind of tokenizer puts a space before any text: ours would be a second one.
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if prefix and not first[0].startswith("▁"):
+    bare = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if prefix and not "".join(bare).startswith("▁"):
         text = f" {text}"
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
