@@ -218,7 +218,8 @@ def _probe_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduce
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed),
     ):
         hidden_states(model, batch.tokens_BT, batch.prefix_P, batch.place_BT)
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 def _fake_model(path: str, config: Config) -> PreTrainedModel:
