@@ -30,7 +30,7 @@ class Grads:
 
 
 class OnlineSum:
-    """Σ exp(z - base) over the tiles seen so far, and a sum under the same weights; float64 per row.
+    """Σ exp(z - base) over the tiles so far, and a mean under the same weights; float64 per row.
 
     `base_N` is the largest logit so far (0 where all are -inf), a float32 number in float32 runs:
     logits less it are small and as good as exact, whatever offset a row carries.

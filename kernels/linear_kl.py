@@ -4,9 +4,10 @@
     dKL_n / dz_s[v] = p_s[v] - p_r[v]
 
 The mean of z_r - z_s under p_r is kept beside both log-sums in one walk: the terms that cancel when
-both models agree cancel inside it. All logits are less the largest of their side so far, so that an
-offset between the sides, which softmax cannot see, costs the differences no bits. Floor: 2NV(D + E) FLOPs forward; backward the same again and
-2NVD for each gradient that is wanted. Logits float32, running sums float64 per row.
+both models agree cancel inside it. Logits are counted from the largest of their side so far, so
+that an offset between the sides, which softmax cannot see, costs the differences no bits. Floor:
+2NV(D + E) FLOPs forward; backward the same again and 2NVD for each gradient that is wanted. Logits
+float32, running sums float64 per row.
 """
 
 from __future__ import annotations
@@ -96,15 +97,20 @@ class _LinearKL(torch.autograd.Function):
             kept = (sum_s.base_N, sum_s.log(), sum_r.base_N, sum_r.log())
             log_sums_4N[:, rows] = torch.stack(kept).to(dtype)
         ctx.vocab, ctx.softcap, ctx.scale = vocab, softcap, scale
-        ctx.save_for_backward(
-            hidden_ND, head_VD, reference_NE, reference_head_VE, bias_V, log_sums_4N
-        )
+        # autograd refuses to save a tensor that was made in inference mode
+        reference_side = reference_NE, reference_head_VE
+        ctx.unsaved = [x if x.is_inference() else None for x in reference_side]
+        saved = [None if x.is_inference() else x for x in reference_side]
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, log_sums_4N, *saved)
         return kl_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, head_VD, reference_NE, reference_head_VE, bias_V, log_sums_4N = ctx.saved_tensors
+        hidden_ND, head_VD, bias_V, log_sums_4N, *saved = ctx.saved_tensors
+        reference_NE, reference_head_VE = (
+            held if x is None else x for x, held in zip(saved, ctx.unsaved, strict=True)
+        )
         dtype, softcap = accumulation_dtype(hidden_ND), ctx.softcap
         slices = row_slices(hidden_ND.shape[0], ctx.vocab)
         source = LinearSource(reference_NE, reference_head_VE, None, ctx.scale, dtype)

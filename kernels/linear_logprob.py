@@ -3,8 +3,9 @@
     logp_n = z_n[y_n] - log Σ_v exp z_n[v],      d logp_n / dz_n[v] = [v = y_n] - softmax(z_n)[v]
 
 The slope is dense, so both directions walk over vocabulary tiles and nothing but the row's
-maximum and log-sum-exp above it is kept between them. Floor: 2NVD FLOPs forward, 6NVD backward (4NVD with a frozen
-head); the head read twice per 512 rows. Logits and sums float32, running sums float64 per row.
+maximum and log Σ exp above it is kept between them. Floor: 2NVD FLOPs forward, 6NVD backward (4NVD
+with a frozen head); the head read twice per 512 rows. Logits and sums float32, running sums float64
+per row.
 """
 
 from __future__ import annotations

@@ -116,6 +116,20 @@ def test_reference_gets_no_gradient_and_may_be_of_another_dtype() -> None:
     assert torch.equal(got, linear_kl(hidden, head, half[0].float(), half[1].float()))
 
 
+def test_the_reference_may_come_from_inference_mode() -> None:
+    hidden, head, reference = torch.randn(4, 8), torch.randn(50, 8), torch.randn(4, 8)
+    with torch.inference_mode():
+        made = reference.clone(), head.clone()
+    results = []
+    for sides in ((reference, head), (made[0], head), made):
+        leaf = hidden.clone().requires_grad_()
+        value = linear_kl(leaf, head, *sides)
+        value.sum().backward()
+        results.append((value.detach(), *grads(leaf)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
 def test_one_head_for_both_sides() -> None:
     hidden, reference = torch.randn(4, 8), torch.randn(4, 8)
     head = torch.randn(50, 8).requires_grad_()
