@@ -154,6 +154,7 @@ H, W, Y = torch.zeros(4, 8), torch.zeros(50, 8), torch.zeros(4).long()
         ((H, W, Y.float()), {}, "labels_N must hold integers"),
         ((H, W[:, :7], Y), {}, "width 8.*width 7"),
         ((H, W, Y), {"scale": 0}, "scale"),
+        ((H, W, Y), {"softcap": 1e39}, "softcap.*float32.*got 1e[+]39"),
         ((H, W, Y), {"backend": "none"}, "backend"),
     ],
 )
