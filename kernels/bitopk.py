@@ -11,14 +11,15 @@ find T where the teacher brings no ids); teacher logits, dL/dhidden and dL/dhead
 
 Floor on a CPU, float32, teacher ids given: 2NVD FLOPs (29 GFLOP at N=512, D=576, V=49152) against
 8NVD of eager; head read once per 512 rows; about 5KN gathered rows of 4D bytes (K=32: 190 MB) for
-the exact dots and both gradients. Memory beside the gradients: 5 MiB of tiles and pools, dL/dhidden
-in float32 (4ND bytes, so that a loss scale can be applied before rounding) and 12 bytes for each of
-at most 2KN pairs. All logits, losses and sums are float32 (float64 where an input is).
+the exact dots and both gradients. Memory beside the gradients: 5 MiB of tiles and pools (about 40
+where rows of zeros make all logits tie), dL/dhidden in float32 (4ND bytes, so that a loss scale can
+be applied before rounding) and 12 bytes for each of at most 2KN pairs. All logits, losses and sums
+are float32 (float64 where an input is).
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from unteach.kernels.checks import (
     check_k,
     check_linear,
     check_logit_rule,
+    check_number,
     check_vector,
     check_vocab,
     choose_backend,
@@ -84,7 +86,7 @@ def bitopk_loss_reference(
     options = LossOptions(
         k=k, alpha=alpha, beta=beta, center=center, gate=gate, softcap=softcap, scale=scale
     )
-    limit = _check(
+    limit, options = _check(
         hidden_ND, head_VD, teacher, options, vocab, weight_N, normalizer, bias_V, seeds_NS
     )
     choose_backend(backend)
@@ -180,7 +182,7 @@ def bitopk_loss(
     options = LossOptions(
         k=k, alpha=alpha, beta=beta, center=center, gate=gate, softcap=softcap, scale=scale
     )
-    limit = _check(
+    limit, options = _check(
         hidden_ND, head_VD, teacher, options, vocab, weight_N, normalizer, bias_V, seeds_NS
     )
     backend = choose_backend(
@@ -207,7 +209,9 @@ def bitopk_loss(
             dtype = accumulation_dtype(hidden_ND)
             forward = forward_torch(
                 LinearSource(hidden_ND, head_VD, bias_V, scale, dtype),
-                TeacherReader(teacher, k=k, vocab=limit, scale=scale, softcap=softcap, dtype=dtype),
+                TeacherReader(
+                    teacher, k=options.k, vocab=limit, scale=scale, softcap=softcap, dtype=dtype
+                ),
                 options,
                 weight_N=weight_N,
                 normalizer=normalizer,
@@ -241,21 +245,18 @@ def _check(
     normalizer: float | Tensor | None,
     bias_V: Tensor | None,
     seeds_NS: Tensor | None,
-) -> int:
-    """Check every argument; return how many ids can be selected."""
+) -> tuple[int, LossOptions]:
+    """Check every argument; return how many ids can be selected, and the options with a plain K."""
     check_linear(hidden_ND, head_VD, bias_V)
     check_logit_rule(options.scale, options.softcap)
     n, device = hidden_ND.shape[0], hidden_ND.device
     teacher_vocab = check_teacher(teacher, options.k, n, device)
     sizes = [size for size in (head_VD.shape[0], teacher_vocab) if size is not None]
     limit = check_vocab(vocab, min(sizes))
-    check_k(options.k, limit)
-    for name in ("alpha", "beta"):
-        value = getattr(options, name)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    if options.gate is not None and not 0 < options.gate < math.inf:
-        raise ValueError(f"gate must be None or a finite number above 0, got {options.gate!r}")
+    k = check_k(options.k, limit)
+    check_number("alpha", options.alpha, zero=True)
+    check_number("beta", options.beta, zero=True)
+    check_number("gate", options.gate, optional=True)
     if weight_N is not None:
         check_vector("weight_N", weight_N, n, device)
     if seeds_NS is not None:
@@ -266,6 +267,6 @@ def _check(
                 f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
             )
         check_device("normalizer", normalizer, device)
-    elif normalizer is not None and n and not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer must be a finite number above 0, got {normalizer!r}")
-    return limit
+    elif n:
+        check_number("normalizer", normalizer, optional=True)
+    return limit, replace(options, k=k)

@@ -42,15 +42,18 @@ def bitopk_reference(
     ignored = weight_N == 0
     student_ids = torch.full((n, found if alpha else 0), -1, device=raw.device)
     in_s = torch.zeros_like(in_t)
-    coverage = torch.ones(n, device=raw.device)
+    coverage = torch.ones(n, dtype=torch.float32, device=raw.device)
     if alpha:
         top = _top_ids(raw.detach(), min(found, vocab), vocab)
         student_ids[:, : top.shape[1]] = top
         in_s.scatter_(1, top[:, :k], True)
-        coverage = torch.where(ignored, 1.0, (in_s & covered).sum(1) / k)
+        coverage = torch.where(ignored, 1, (in_s & covered).sum(1).float() / k)
         in_s = in_s & covered
     row_N = _row_losses(z_s, z_t, in_t, in_s, alpha=alpha, beta=beta, center=center, gate=gate)
-    row_N = torch.where(ignored, 0, row_N)
+    broken = ~hidden_ND.isfinite().all(1)
+    if isinstance(teacher, HiddenTeacher):
+        broken = broken | ~teacher.hidden_NE.isfinite().all(1)
+    row_N = torch.where(ignored, 0, row_N.masked_fill(broken, torch.nan))
     loss = (weight_N * row_N).sum() / (max(n, 1) if normalizer is None else normalizer)
     ids = student_ids.masked_fill(ignored[:, None], -1).to(torch.int32)
     return loss if n else raw.sum(), row_N.detach(), ids, coverage

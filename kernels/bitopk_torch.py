@@ -91,7 +91,7 @@ def forward_torch(
     seeds_NS = None if seeds_NS is None else valid_ids(seeds_NS, reader.vocab)
     row_loss_N = torch.zeros(n, dtype=dtype, device=device)
     student_ids_NS = torch.full((n, found), -1, dtype=torch.int32, device=device)
-    coverage_N = torch.ones(n, device=device)
+    coverage_N = torch.ones(n, dtype=torch.float32, device=device)
     grad_ND = row_loss_N.new_zeros(n, head_VD.shape[1]) if wants_hidden_grad else None
     parts: list[Pairs] = []
     fallback = 0

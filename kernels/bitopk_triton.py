@@ -37,7 +37,8 @@ def forward_triton(
 ) -> Forward:
     """`forward_torch` by kernels."""
     n, k, device, head_VD = source.rows, options.k, source.device, source.head_VD
-    weight_N = torch.ones(n, device=device) if weight_N is None else weight_N.float()
+    ones_N = torch.ones(n, dtype=torch.float32, device=device)
+    weight_N = ones_N if weight_N is None else weight_N.float()
     active_N = weight_N != 0
     factor_N = torch.where(active_N, weight_N / normalizer, 0)
     told, fallback = _read_teacher(teacher, options, vocab, active_N)
@@ -52,6 +53,7 @@ def forward_triton(
     live_NU = union.live_NU & active_N[:, None]
     ids_NU = union.ids_NU.to(torch.int32).masked_fill(~live_NU, -1)
     row_loss_N, slope_NU = _row_losses(union, live_NU, factor_N, options)
+    row_loss_N = row_loss_N.masked_fill(active_N & ~union.finite_N, torch.nan)
     loss = torch.where(active_N, row_loss_N.double() * factor_N.double(), 0).sum().float()
     rows_NU = torch.arange(n, dtype=torch.int32, device=device)[:, None].expand(ids_NU.shape)
     pairs = Pairs(rows_NU.flatten(), ids_NU.flatten(), slope_NU.flatten())
@@ -97,8 +99,8 @@ def _row_losses(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row, and its slopes times the row's factor."""
     n, u = union.ids_NU.shape
-    loss_N = torch.zeros(n, device=live_NU.device)
-    slope_NU = torch.zeros(n, u, device=live_NU.device)
+    loss_N = torch.zeros(n, dtype=torch.float32, device=live_NU.device)
+    slope_NU = torch.zeros(n, u, dtype=torch.float32, device=live_NU.device)
     if not slope_NU.numel():
         return loss_N, slope_NU
     with on_device(slope_NU):

@@ -4,7 +4,7 @@ Only shapes, dtypes, devices and plain numbers are looked at: the contents of a 
 cannot be read without a host sync, so the ops define what odd contents mean instead.
 """
 
-import math
+import operator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from unteach.kernels.triton_launch import have_triton, interpreting
 
 BACKENDS = ("torch", "triton")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def choose_backend(
@@ -115,25 +116,53 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_logit_rule(scale: float, softcap: float | None) -> None:
     """Check the model's own scale and soft cap."""
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or a finite number above 0, got {softcap!r}")
+    check_number("scale", scale)
+    check_number("softcap", softcap, optional=True)
+
+
+def check_number(
+    name: str, value: float | None, *, zero: bool = False, optional: bool = False
+) -> None:
+    """Check that a plain number is above 0, or 0 or None where that means something.
+
+    A number that float32 rounds to 0 or inf, or whose inverse does, would end in NaN.
+    """
+    if (optional and value is None) or (zero and value == 0):
+        return
+    if value is None or not _SMALLEST <= value <= _LARGEST:
+        also = "None or " * optional + "0 or " * zero
+        raise ValueError(
+            f"{name} must be {also}a finite number above 0 that float32 holds "
+            f"({_SMALLEST:.3g} to {_LARGEST:.3g}), got {value!r}"
+        )
 
 
 def check_vocab(vocab: int | None, limit: int) -> int:
     """Return the number of selectable ids: `vocab`, or every id that all sides have."""
     if vocab is None:
         return limit
-    if isinstance(vocab, bool) or not isinstance(vocab, int) or not 1 <= vocab <= limit:
+    whole = _integer(vocab)
+    if whole is None or not 1 <= whole <= limit:
         raise ValueError(f"vocab must be None or an integer from 1 to {limit}, got {vocab!r}")
-    return vocab
+    return whole
 
 
-def check_k(k: int, vocab: int) -> None:
-    """Check that K ids can be chosen among `vocab`."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocab:
+def check_k(k: int, vocab: int) -> int:
+    """Return K as a plain integer, if so many ids can be chosen among `vocab`."""
+    whole = _integer(k)
+    if whole is None or not 1 <= whole <= vocab:
         raise ValueError(f"k must be an integer from 1 to {vocab} (selectable ids), got {k!r}")
+    return whole
+
+
+def _integer(value: object) -> int | None:
+    """The integer that `value` is, numpy's as well; a bool is none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -30,29 +30,47 @@ class Grads:
 
 
 class OnlineSum:
-    """log Σ exp over the tiles seen so far, and a mean under the same weights; float64 per row."""
+    """Σ exp(z - base) over the tiles so far, and a mean under the same weights; float64 per row.
+
+    `base_N` is the largest logit so far (0 where all are -inf), a float32 number in float32 runs:
+    logits less it are small and as good as exact, whatever offset a row carries.
+    """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.top_N = torch.full((rows,), -torch.inf, dtype=torch.float64, device=device)
-        self.sum_N = torch.zeros_like(self.top_N)
-        self.weighted_N = torch.zeros_like(self.top_N)
+        self.base_N = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.sum_N = torch.zeros_like(self.base_N)
+        self.weighted_N = torch.zeros_like(self.base_N)
+        self._top_N = torch.full_like(self.base_N, -torch.inf)
 
-    def add_(self, z: Tensor, value: Tensor | None = None) -> None:
-        """Take a tile of logits in, and Σ exp(z) · value if given. Overwrites the tile."""
-        top = torch.maximum(self.top_N, z.amax(1).double())
-        shift = top.masked_fill(top == -torch.inf, 0)
-        z.sub_(shift.to(z.dtype)[:, None]).exp_()
-        decay = (self.top_N - shift).exp()
-        self.sum_N = self.sum_N * decay + z.sum(1).double()
+    def lower_(self, z: Tensor) -> Tensor:
+        """Raise the base to a tile's largest logit, and take it off the tile in place."""
+        top_N = torch.maximum(self._top_N, z.amax(1).double())
+        self.base_N = top_N.masked_fill(top_N == -torch.inf, 0)
+        decay_N = (self._top_N - self.base_N).exp()
+        self.sum_N, self.weighted_N = self.sum_N * decay_N, self.weighted_N * decay_N
+        self._top_N = top_N
+        return z.sub_(self.base_N.to(z.dtype)[:, None])
+
+    def add_(self, lowered: Tensor, value: Tensor | None = None) -> None:
+        """Take in what `lower_` gave, and its Σ exp · value if given. Overwrites the tile."""
+        self.sum_N = self.sum_N + lowered.exp_().sum(1).double()
         if value is not None:
-            self.weighted_N = self.weighted_N * decay + (z.mul_(value)).sum(1).double()
-        self.top_N = top
+            self.weighted_N = self.weighted_N + lowered.mul_(value).sum(1).double()
 
     def log(self) -> Tensor:
-        return self.top_N + self.sum_N.log()
+        """log Σ exp(z - base)."""
+        return self.sum_N.log()
 
     def mean(self) -> Tensor:
         return self.weighted_N / self.sum_N
+
+
+def softmax_(z: Tensor, log_sum_2N: Tensor) -> Tensor:
+    """Softmax of a tile in place, from its rows' (base, log Σ exp(z - base)).
+
+    One number for both would be rounded at the size of the logits, and all slopes of a row with it.
+    """
+    return z.sub_(log_sum_2N[0, :, None]).sub_(log_sum_2N[1, :, None]).exp_()
 
 
 def tiles(vocab: int) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,8 @@
 A library reduction may change its order with the batch shape, the thread count or the alignment.
 Here each level is one elementwise addition (and the products one elementwise multiplication, in a
 separate pass, so nothing can be contracted to a fused multiply-add): IEEE 754 leaves no freedom.
-The same (row, id) therefore has the same bits in any batch, on any path, from any seeds.
+The same (row, id) therefore has the same bits in any batch, on any path, from any seeds of this
+backend. The Triton kernels add in another order, as fixed as this one (tile_keys.py).
 
 Cost: 2PD multiplications and additions and about 4PD·4 bytes, in slices that stay in the cache.
 """

@@ -4,8 +4,10 @@
     dKL_n / dz_s[v] = p_s[v] - p_r[v]
 
 The mean of z_r - z_s under p_r is kept beside both log-sums in one walk: the terms that cancel when
-both models agree cancel inside it. Floor: 2NV(D + E) FLOPs forward; backward the same again and
-2NVD for each gradient that is wanted. Logits float32, running sums float64 per row.
+both models agree cancel inside it. Logits are counted from the largest of their side so far, so
+that an offset between the sides, which softmax cannot see, costs the differences no bits. Floor:
+2NV(D + E) FLOPs forward; backward the same again and 2NVD for each gradient that is wanted. Logits
+float32, running sums float64 per row.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from unteach.kernels.dense_tiles import (
     capped_tile,
     linear_grads,
     row_slices,
+    softmax_,
     tiles,
 )
 from unteach.kernels.logit_source import LinearSource
@@ -74,37 +77,51 @@ class _LinearKL(torch.autograd.Function):
         dtype, n = accumulation_dtype(hidden_ND), hidden_ND.shape[0]
         student = LinearSource(hidden_ND, head_VD, bias_V, scale, dtype)
         reference = LinearSource(reference_NE, reference_head_VE, None, scale, dtype)
-        stats = torch.empty(3, n, dtype=torch.float64, device=hidden_ND.device)
+        kl_N = torch.empty(n, dtype=dtype, device=hidden_ND.device)
+        log_sums_4N = torch.empty(4, n, dtype=dtype, device=hidden_ND.device)
         for rows in row_slices(n, vocab):
             ours, theirs = student.take(rows), reference.take(rows)
             sum_s, sum_r = (OnlineSum(ours.rows, hidden_ND.device) for _ in range(2))
             for start, stop in tiles(vocab):
                 z_s = capped_tile(ours, start, stop, softcap)
                 z_r = capped_tile(theirs, start, stop, softcap)
-                sum_r.add_(z_r, z_r - z_s)
+                before = sum_s.base_N - sum_r.base_N
+                gap = sum_r.lower_(z_r) - sum_s.lower_(z_s)
+                # the gaps of the tiles before were taken from other bases
+                moved = sum_s.base_N - sum_r.base_N - before
+                sum_r.weighted_N = sum_r.weighted_N + sum_r.sum_N * moved
+                sum_r.add_(z_r, gap)
                 sum_s.add_(z_s)
-            stats[:, rows] = torch.stack((sum_s.log(), sum_r.log(), sum_r.mean()))
+            # the bases stand in the mean and in both log-sums, and cancel
+            kl_N[rows] = (sum_r.mean() - sum_r.log() + sum_s.log()).to(dtype)
+            kept = (sum_s.base_N, sum_s.log(), sum_r.base_N, sum_r.log())
+            log_sums_4N[:, rows] = torch.stack(kept).to(dtype)
         ctx.vocab, ctx.softcap, ctx.scale = vocab, softcap, scale
-        ctx.save_for_backward(
-            hidden_ND, head_VD, reference_NE, reference_head_VE, bias_V, stats[:2].to(dtype)
-        )
-        return (stats[2] - stats[1] + stats[0]).to(dtype)
+        # autograd refuses to save a tensor that was made in inference mode
+        reference_side = reference_NE, reference_head_VE
+        ctx.unsaved = [x if x.is_inference() else None for x in reference_side]
+        saved = [None if x.is_inference() else x for x in reference_side]
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, log_sums_4N, *saved)
+        return kl_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, head_VD, reference_NE, reference_head_VE, bias_V, log_sums = ctx.saved_tensors
+        hidden_ND, head_VD, bias_V, log_sums_4N, *saved = ctx.saved_tensors
+        reference_NE, reference_head_VE = (
+            held if x is None else x for x, held in zip(saved, ctx.unsaved, strict=True)
+        )
         dtype, softcap = accumulation_dtype(hidden_ND), ctx.softcap
         slices = row_slices(hidden_ND.shape[0], ctx.vocab)
         source = LinearSource(reference_NE, reference_head_VE, None, ctx.scale, dtype)
         reference = [source.take(rows) for rows in slices]
-        log_s, log_r, grad_N = log_sums[0], log_sums[1], grad_N.to(dtype)
+        grad_N = grad_N.to(dtype)
 
         def slopes_(index: int, z: Tensor, start: int, stop: int) -> Tensor:
             rows = slices[index]
             p_r = capped_tile(reference[index], start, stop, softcap)
-            p_r.sub_(log_r[rows, None]).exp_()
-            z.sub_(log_s[rows, None]).exp_()
+            softmax_(p_r, log_sums_4N[2:, rows])
+            softmax_(z, log_sums_4N[:2, rows])
             return z.sub_(p_r).mul_(grad_N[rows, None])
 
         needs = ctx.needs_input_grad

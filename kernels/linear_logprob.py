@@ -3,8 +3,9 @@
     logp_n = z_n[y_n] - log Σ_v exp z_n[v],      d logp_n / dz_n[v] = [v = y_n] - softmax(z_n)[v]
 
 The slope is dense, so both directions walk over vocabulary tiles and nothing but the row's
-log-sum-exp is kept between them. Floor: 2NVD FLOPs forward, 6NVD backward (4NVD with a frozen
-head); the head read twice per 512 rows. Logits and sums float32, running sums float64 per row.
+maximum and log Σ exp above it is kept between them. Floor: 2NVD FLOPs forward, 6NVD backward (4NVD
+with a frozen head); the head read twice per 512 rows. Logits and sums float32, running sums float64
+per row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from unteach.kernels.dense_tiles import (
     capped_tile,
     linear_grads,
     row_slices,
+    softmax_,
     tiles,
 )
 from unteach.kernels.logit_source import LinearSource
@@ -68,7 +70,7 @@ class _LinearLogprob(torch.autograd.Function):
         active_N = (labels_N >= 0).nonzero().squeeze(1)
         labels_A = labels_N[active_N]
         source = LinearSource(hidden_ND, head_VD, bias_V, scale, dtype).take(active_N)
-        log_sum_A = torch.empty(source.rows, dtype=torch.float64, device=hidden_ND.device)
+        log_sum_2A = torch.empty(2, source.rows, dtype=dtype, device=hidden_ND.device)
         logp_N = torch.zeros(labels_N.shape[0], dtype=dtype, device=hidden_ND.device)
         for rows in row_slices(source.rows, v):
             here, labels = source.take(rows), labels_A[rows]
@@ -78,17 +80,17 @@ class _LinearLogprob(torch.autograd.Function):
                 z = capped_tile(here, start, stop, softcap)
                 row, column = _labels_within(labels, start, stop)
                 chosen[row] = z[row, column]
-                online.add_(z)
-            log_sum_A[rows] = online.log()
-            logp_N[active_N[rows]] = (chosen.double() - online.log()).to(dtype)
+                online.add_(online.lower_(z))
+            log_sum_2A[:, rows] = torch.stack((online.base_N, online.log())).to(dtype)
+            logp_N[active_N[rows]] = (chosen.double() - online.base_N - online.log()).to(dtype)
         ctx.softcap, ctx.scale = softcap, scale
-        ctx.save_for_backward(hidden_ND, head_VD, bias_V, active_N, labels_A, log_sum_A.to(dtype))
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, active_N, labels_A, log_sum_2A)
         return logp_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, head_VD, bias_V, active_N, labels_A, log_sum_A = ctx.saved_tensors
+        hidden_ND, head_VD, bias_V, active_N, labels_A, log_sum_2A = ctx.saved_tensors
         dtype, v = accumulation_dtype(hidden_ND), head_VD.shape[0]
         source = LinearSource(hidden_ND, head_VD, bias_V, ctx.scale, dtype).take(active_N)
         grad_A = grad_N[active_N].to(dtype)
@@ -96,7 +98,7 @@ class _LinearLogprob(torch.autograd.Function):
 
         def slopes_(index: int, z: Tensor, start: int, stop: int) -> Tensor:
             rows = slices[index]
-            z.sub_(log_sum_A[rows, None]).exp_().mul_(-grad_A[rows, None])
+            softmax_(z, log_sum_2A[:, rows]).mul_(-grad_A[rows, None])
             row, column = _labels_within(labels_A[rows], start, stop)
             z[row, column] += grad_A[rows][row]
             return z

@@ -2,9 +2,9 @@
 
     raw = scale · (hidden · head) + bias,   top-K by (raw, smaller id),   logits = softcap(raw)
 
-Floor on a CPU: 2NVD FLOPs, the head read once per 512 rows; 5 MiB of workspace (topk_filter.py).
-Values are float32 dots of fixed order (float64 for float64 inputs), the same bits in any batch and
-from any seeds.
+Floor on a CPU: 2NVD FLOPs, the head read once per 512 rows; 5 MiB of workspace, about 40 where all
+logits tie (topk_filter.py). Values are float32 dots of fixed order (float64 for float64 inputs),
+the same bits in any batch and from any seeds on one backend.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def linear_topk(
     check_linear(hidden_ND, head_VD, bias_V)
     check_logit_rule(scale, softcap)
     limit = check_vocab(vocab, head_VD.shape[0])
-    check_k(k, limit)
+    k = check_k(k, limit)
     n, device = hidden_ND.shape[0], hidden_ND.device
     if seeds_NS is not None:
         check_ids("seeds_NS", seeds_NS, n, device)

@@ -109,7 +109,7 @@ class LinearSource:
         info = torch.finfo(self.dtype)
         relative = (width + 8) * info.eps + 4 * _input_roundoff(self.dtype)
         if self._norm_N is None:
-            self._norm_N = torch.linalg.vector_norm(self.scaled_hidden(), dim=1)
+            self._norm_N = row_norms(self.scaled_hidden())
         # one per cent more than the norms themselves may have lost to rounding
         return (self._norm_N * (1.01 * norm) + bias) * relative + width * info.tiny
 
@@ -148,8 +148,7 @@ class LinearSource:
     def _tile_bounds(self, start: int, stop: int) -> tuple[float, float]:
         bounds = self._bounds.get((start, stop))
         if bounds is None:
-            norm = torch.linalg.vector_norm(self.head_tile(start, stop), dim=1)
-            bounds = (_largest_finite(norm), 0.0)
+            bounds = (float(largest_norm(row_norms(self.head_tile(start, stop)))), 0.0)
             if self.bias_V is not None:
                 bias = self.bias_V[start:stop].to(self.dtype).abs()
                 bounds = (bounds[0], _largest_finite(bias))
@@ -220,8 +219,20 @@ def _values_at(source: LogitSource, ids_NU: Tensor) -> Tensor:
     return raw_NU
 
 
+def row_norms(x_XD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Each row's length, and what squares that underflowed may add; inf where they overflow."""
+    norm_X = torch.linalg.vector_norm(x_XD, dim=1, dtype=dtype)
+    return norm_X + (x_XD.shape[1] * torch.finfo(norm_X.dtype).tiny) ** 0.5
+
+
+def largest_norm(norm_X: Tensor) -> Tensor:
+    """The longest row; inf lets no row be ruled out, and so makes the search exhaustive."""
+    # a row with NaN makes NaN on every path and needs no bound
+    return norm_X.nan_to_num(nan=0.0, posinf=torch.inf).amax()
+
+
 def _largest_finite(x: Tensor) -> float:
-    # a head row that is not finite makes NaN or inf on every path and needs no bound
+    # an infinite bias makes inf on every path and needs no bound
     return float(x.nan_to_num(nan=0.0, posinf=0.0).max()) if x.numel() else 0.0
 
 

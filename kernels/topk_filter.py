@@ -7,8 +7,9 @@ few ids that the final floor cannot rule out get their exact value, and that alo
 
 Memory: the rows of a call are taken in blocks of n = 2^19 / max(T, C), T ids a tile and C slots a
 pool, so that the tile (4nT bytes), its peaks (nT/2) and the pool (8nC) stay near 5 MiB for any N
-and V. Time: 2NVD FLOPs for the product and one read of each tile from cache, for the peaks of
-groups of 8 ids: hits are rare, so a group is opened only when its peak reaches the floor.
+and V. A tile full of ties (rows of zeros) is listed whole: about 40 MiB. Time: 2NVD FLOPs for the
+product and one read of each tile from cache, for the peaks of groups of 8 ids: hits are rare, so a
+group is opened only when its peak reaches the floor.
 """
 
 from __future__ import annotations

@@ -215,7 +215,8 @@ def _append_products(
     part = torch.empty(n, 1, slots, dtype=torch.int64, device=device)
     used_N1 = torch.zeros(n, 1, dtype=torch.int32, device=device)
     threshold_N = threshold_N.masked_fill(~seeded_N, _LOW_BITS)
-    workspace = torch.empty(min(n, PRODUCT_ROWS) * min(vocab, PRODUCT_IDS), device=device)
+    elements = min(n, PRODUCT_ROWS) * min(vocab, PRODUCT_IDS)
+    workspace = torch.empty(elements, dtype=torch.float32, device=device)
     for row in range(0, n, PRODUCT_ROWS):
         x = source.hidden_ND[row : row + PRODUCT_ROWS]
         for first in range(0, vocab, PRODUCT_IDS):
@@ -361,7 +362,7 @@ def _tile_options(source: TritonSource, tile: Tile) -> dict[str, int | bool]:
 
 
 def _nothing(source: TritonSource, k: int, spare: int) -> Found:
-    none = torch.zeros(0, k, device=source.device)
+    none = torch.zeros(0, k, dtype=torch.float32, device=source.device)
     ids = none.to(torch.int64)
     top = TopK(none, ids, ids.new_zeros(0, spare), 0)
     return Found(top, torch.zeros((), dtype=torch.int64, device=source.device))

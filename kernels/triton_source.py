@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from unteach.kernels.logit_source import largest_norm, row_norms
 from unteach.kernels.pair_dot import BLOCK_U, WARPS, pair_dot_kernel
 from unteach.kernels.triton_launch import on_device
 
@@ -77,9 +78,8 @@ class TritonLinear:
         """
         wide = torch.float32
         info, width = torch.finfo(wide), self.hidden_ND.shape[1]
-        norm_N = torch.linalg.vector_norm(self.hidden_ND, dim=1, dtype=wide) * self.scale
-        norm_V = torch.linalg.vector_norm(self.head_VD[:vocab], dim=1, dtype=wide)
-        bound_N = norm_N * (1.01 * _largest_finite(norm_V))
+        norm_N = row_norms(self.hidden_ND, wide) * self.scale
+        bound_N = norm_N * (1.01 * largest_norm(row_norms(self.head_VD[:vocab], wide)))
         if self.bias_V is not None:
             bound_N = bound_N + _largest_finite(self.bias_V[:vocab].abs())
         slack_N: Tensor = bound_N * ((width + 8) * info.eps) + width * info.tiny
@@ -110,7 +110,7 @@ class TritonGiven:
 
     def slack(self, vocab: int) -> Tensor:
         """A tile holds the very values that decide."""
-        return torch.zeros(self.rows, device=self.device)
+        return torch.zeros(self.rows, dtype=torch.float32, device=self.device)
 
     def at(self, ids_NU: Tensor) -> Tensor:
         """The logits at these ids, float32; 0 where the id is -1."""
@@ -128,5 +128,5 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def _largest_finite(x: Tensor) -> Tensor:
-    # a head row that is not finite makes NaN or inf on every path and needs no bound
+    # an infinite bias makes inf on every path and needs no bound
     return x.nan_to_num(nan=0.0, posinf=0.0).amax()

@@ -28,6 +28,7 @@ class Union:
     student_NU: Tensor  # z_s
     teacher_NU: Tensor  # z_t
     coverage_N: Tensor
+    finite_N: Tensor  # false where a side's hidden states hold NaN or inf
 
 
 def join_sets(
@@ -63,7 +64,7 @@ def join_sets(
     if teacher.source is None:
         live &= listed
         if student is not None:
-            coverage_N = paired.sum(1) / student.ids_NK.shape[1]
+            coverage_N = paired.sum(1).float() / student.ids_NK.shape[1]
 
     only_teacher = live & ~in_student
     asked_s = source.at(ids.masked_fill(~only_teacher, -1))
@@ -73,10 +74,12 @@ def join_sets(
         asked_t = teacher.logits_at(ids.masked_fill(~only_student, -1))
         z_t = torch.where(only_student, asked_t.to(z_t.dtype), z_t)
     # the search may never have read what is wrong with a row
+    finite_N = torch.ones(n, dtype=torch.bool, device=ids.device)
     for side in (source, teacher.source):
         finite = None if side is None else side.finite()
         if finite is not None:
-            z_t = z_t.masked_fill(~finite[:, None], torch.nan)
+            finite_N = finite_N & finite
+    z_t = z_t.masked_fill(~finite_N[:, None], torch.nan)
     weight = in_teacher.to(z_t.dtype) + alpha * in_student.to(z_t.dtype)
     return Union(
         ids,
@@ -85,6 +88,7 @@ def join_sets(
         soft_cap(raw_s, softcap).masked_fill(~live, 0),
         z_t.masked_fill(~live, 0),
         coverage_N,
+        finite_N,
     )
 
 
@@ -118,7 +122,8 @@ def row_losses(
     if softcap is not None:
         slope = slope * soft_cap_slope(union.student_NU, softcap)
     loss_N = loss_N1.squeeze(1)
-    return loss_N.masked_fill(~loss_N.isfinite(), torch.nan), slope
+    # an empty union sums to 0, whatever its row holds
+    return loss_N.masked_fill(~(loss_N.isfinite() & union.finite_N), torch.nan), slope
 
 
 def _sum(x_NU: Tensor) -> Tensor:

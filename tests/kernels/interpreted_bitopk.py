@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.test_bitopk import (
     FORMS,
     VARIANTS,
+    assert_broken_rows_with_empty_lists,
+    assert_default_dtype_changes_no_bit,
     assert_matches_oracle,
     assert_same_bits,
     close,
@@ -99,6 +101,15 @@ def test_seeds_change_no_bit(form: str) -> None:
         got = run(problem, seeds_NS=seeds, **TRITON)
         kept = replace(got, output=got.output._replace(fallback_rows=plain.output.fallback_rows))
         assert_same_bits(kept, plain)
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("logits", torch.float16), ("sparse", torch.bfloat16)])
+def test_the_default_dtype_changes_no_bit(form: str, dtype: torch.dtype) -> None:
+    assert_default_dtype_changes_no_bit(form, dtype, **TRITON)
+
+
+def test_a_broken_row_is_nan_even_where_the_list_is_empty() -> None:
+    assert_broken_rows_with_empty_lists(**TRITON)
 
 
 def test_running_twice_changes_no_bit() -> None:

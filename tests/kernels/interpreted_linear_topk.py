@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from tests.kernels.oracle import Linear, top_ids
-from tests.kernels.test_linear_topk import assert_same, blurred, brute_topk, seed_sets
+from tests.kernels.test_linear_topk import (
+    OUT_OF_REACH,
+    assert_same,
+    blurred,
+    brute_topk,
+    nearly_tied,
+    seed_sets,
+)
 from unteach.kernels import topk_triton, triton_launch
 from unteach.kernels.linear_topk import linear_topk
 from unteach.kernels.topk_triton import Found, order_bits, pack, search, unpack
@@ -45,6 +52,29 @@ def lane_scores(hidden: Tensor, head: Tensor) -> Tensor:
     while acc.shape[2] > 1:
         acc = acc[:, :, 0::2] + acc[:, :, 1::2]
     return acc[:, :, 0]
+
+
+@both_passes
+def test_the_default_dtype_changes_no_bit() -> None:
+    hidden, head = torch.randn(4, 24).half(), torch.randn(140, 24).half()
+    wanted = brute_topk(lane_scores(hidden, head), 5)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert_same(triton_topk(hidden, head, 5, seeds_NS=wanted[1]), wanted)
+        none = triton_topk(hidden[:0], head, 5)
+    finally:
+        torch.set_default_dtype(default)
+    assert none[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("sizes", [OUT_OF_REACH[0], OUT_OF_REACH[2]])
+def test_norms_out_of_range_do_not_let_seeds_decide(sizes: tuple[float, float]) -> None:
+    hidden, head = nearly_tied(*sizes)
+    hidden, head = hidden[:1], head[:140]
+    wanted = brute_topk(lane_scores(hidden, head), 3)
+    for seeds in (None, brute_topk(lane_scores(hidden, head), 6)[1]):
+        assert_same(triton_topk(hidden, head, 3, seeds_NS=seeds), wanted)
 
 
 # One tile or three; K = 1, K no power of two, K = V; D under, over and not a multiple of a lane set

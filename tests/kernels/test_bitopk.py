@@ -360,6 +360,30 @@ def test_seeds_change_no_bit(form: str) -> None:
         assert_same_bits(run(problem, seeds_NS=seeds), plain)
 
 
+def assert_default_dtype_changes_no_bit(form: str, dtype: torch.dtype, **extra: Any) -> None:
+    """A script that builds its model in another dtype gets the same loss, and buffers as wide."""
+    problem = make_problem(form, alpha=0.7, center=True, gate=0.6)
+    teacher = make_teacher(problem)
+    wanted, default = run(problem, teacher, **extra), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = run(problem, teacher, **extra)
+    finally:
+        torch.set_default_dtype(default)
+    for a, b in zip(got.output, wanted.output, strict=True):
+        assert a.dtype == b.dtype
+    assert_same_bits(got, wanted, spare=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("loss", [bitopk_loss, bitopk_loss_reference])
+def test_the_default_dtype_changes_no_bit(
+    form: str, dtype: torch.dtype, loss: Callable[..., BitopkOutput]
+) -> None:
+    assert_default_dtype_changes_no_bit(form, dtype, loss=loss)
+
+
 @pytest.mark.parametrize("form", ["hidden", "cached", "logits"])
 def test_running_twice_changes_no_bit(form: str) -> None:
     problem = make_problem(form, (40, 24, 3000, 9), gate=0.5)
@@ -595,6 +619,30 @@ def test_a_broken_row_makes_the_loss_nan_and_names_itself(
     assert torch.equal(got.hidden[rest], clean.hidden[rest])
 
 
+def assert_broken_rows_with_empty_lists(**extra: Any) -> None:
+    """No id to compare at is no reason to call a broken row's loss 0; an ignored row's it is."""
+    none = SparseTeacher(torch.full((7, 5), -1), torch.zeros(7, 5))
+    weight = torch.tensor([1.0, 1, 1, 1, 0, 1, 1])
+    for alpha in (0.0, 1.0):
+        problem = make_problem("sparse", alpha=alpha, weight_N=weight)
+        problem.hidden[2, 3], problem.hidden[3, 0], problem.hidden[4] = (
+            torch.nan,
+            torch.inf,
+            torch.nan,
+        )
+        output = run(problem, none, **extra).output
+        assert output.loss.isnan()
+        assert output.row_loss_N.isnan().tolist() == [r in (2, 3) for r in range(7)]
+        assert not output.row_loss_N[[0, 1, 4, 5, 6]].any()
+
+
+@pytest.mark.parametrize("loss", [bitopk_loss, bitopk_loss_reference])
+def test_a_broken_row_is_nan_even_where_the_list_is_empty(
+    loss: Callable[..., BitopkOutput],
+) -> None:
+    assert_broken_rows_with_empty_lists(loss=loss)
+
+
 def test_a_broken_cached_logit_makes_the_loss_nan() -> None:
     problem = make_problem("sparse")
     teacher = make_teacher(problem)
@@ -700,6 +748,13 @@ GOOD = HiddenTeacher(torch.zeros(4, 9), torch.zeros(50, 9), IDS)
         (GOOD, {"alpha": float("nan")}, "alpha.*nan"),
         (GOOD, {"beta": -1.0}, "beta.*-1.0"),
         (GOOD, {"gate": 0.0}, "gate.*0.0"),
+        # what float32 makes 0 or inf of, or of whose inverse it does
+        (GOOD, {"alpha": 1e39}, "alpha.*float32.*got 1e[+]39"),
+        (GOOD, {"beta": 1e-39}, "beta.*float32.*got 1e-39"),
+        (GOOD, {"gate": 1e-46}, "gate.*float32.*got 1e-46"),
+        (GOOD, {"softcap": 1e39}, "softcap.*float32.*got 1e[+]39"),
+        (GOOD, {"scale": 1e-46}, "scale.*float32.*got 1e-46"),
+        (GOOD, {"normalizer": 1e-39}, "normalizer.*float32.*got 1e-39"),
         (GOOD, {"scale": -1.0}, "scale.*-1.0"),
         (GOOD, {"softcap": 0.0}, "softcap.*0.0"),
         (GOOD, {"vocab": 51}, "vocab.*1 to 50, got 51"),

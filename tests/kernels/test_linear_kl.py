@@ -70,6 +70,42 @@ def test_equal_models_have_no_divergence() -> None:
     assert bool((near < 1e-3).all())
 
 
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_offset_that_softmax_cannot_see_costs_no_accuracy(offset: float, late: bool) -> None:
+    hidden, head = 0.5 * torch.randn(4, 32), torch.randn(2500, 32)
+    reference = hidden + 0.02 * torch.randn(4, 32)
+    bias = torch.full((2500,), offset)
+    if late:  # the tops, from which logits are counted, rise far after the first of three tiles
+        bias[:1024] -= 40
+    problem = hidden, head, reference, head
+    results = []
+    for op, cast in ((linear_kl, torch.float32), (linear_kl_reference, torch.float64)):
+        leaf, *others = (x.detach().to(cast) for x in problem)
+        leaf.requires_grad_()
+        value = op(leaf, *others, bias_V=bias.to(cast))
+        value.sum().backward()
+        results.append((wide(value), wide(grads(leaf)[0])))
+    (value, slope), (wanted, exact) = results
+    # float32 logits of size 1000 are themselves off by 3e-5
+    np.testing.assert_allclose(value, wanted, atol=2e-6 if offset < 100 else 1e-5, rtol=2e-6)
+    np.testing.assert_allclose(slope, exact, atol=3e-4 * np.abs(exact).max())
+
+
+def test_a_gradient_near_agreement_is_no_noise_of_the_log_sums() -> None:
+    # multiples of 1/64 make logits that float32 holds: only the log-sums can be rounded
+    hidden, head = (torch.randn(n, 32).mul(4).round() / 8 for n in (6, 300))
+    reference = hidden + torch.randn(6, 32).round() / 64
+    bias = torch.full((300,), 1000.0)
+    slopes = []
+    for op, cast in ((linear_kl, torch.float32), (linear_kl_reference, torch.float64)):
+        leaf, *others = (x.detach().to(cast) for x in (hidden, head, reference, head))
+        leaf.requires_grad_()
+        op(leaf, *others, bias_V=bias.to(cast)).sum().backward()
+        slopes.append(wide(grads(leaf)[0]))
+    np.testing.assert_allclose(slopes[0], slopes[1], atol=2e-5 * np.abs(slopes[1]).max())
+
+
 def test_reference_gets_no_gradient_and_may_be_of_another_dtype() -> None:
     hidden, head = torch.randn(4, 8).requires_grad_(), torch.randn(50, 8)
     reference = torch.randn(4, 8).requires_grad_()
@@ -78,6 +114,20 @@ def test_reference_gets_no_gradient_and_may_be_of_another_dtype() -> None:
     half = reference.detach().bfloat16(), head.bfloat16()
     got = linear_kl(hidden, head, *half)
     assert torch.equal(got, linear_kl(hidden, head, half[0].float(), half[1].float()))
+
+
+def test_the_reference_may_come_from_inference_mode() -> None:
+    hidden, head, reference = torch.randn(4, 8), torch.randn(50, 8), torch.randn(4, 8)
+    with torch.inference_mode():
+        made = reference.clone(), head.clone()
+    results = []
+    for sides in ((reference, head), (made[0], head), made):
+        leaf = hidden.clone().requires_grad_()
+        value = linear_kl(leaf, head, *sides)
+        value.sum().backward()
+        results.append((value.detach(), *grads(leaf)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 def test_one_head_for_both_sides() -> None:

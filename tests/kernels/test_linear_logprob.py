@@ -86,6 +86,20 @@ def test_large_logits_and_banned_ids() -> None:
     np.testing.assert_allclose(wide(got), wanted, rtol=1e-5, atol=1e-3)
 
 
+def test_the_slope_of_a_confident_label_is_no_noise_of_the_log_sum() -> None:
+    # multiples of 1/16 make logits that float32 holds: only the log-sum can be rounded
+    hidden, head = 4 * torch.randn(6, 64).mul(4).round(), torch.randn(500, 64).mul(4).round() / 4
+    logits = (hidden @ head.t()).sort(dim=1, descending=True)
+    assert logits.values[:, 0].max() > 300
+    assert (logits.values[:, 0] - logits.values[:, 1]).min() > 1
+    slopes = []
+    for op, cast in ((linear_logprob, torch.float32), (linear_logprob_reference, torch.float64)):
+        leaf = hidden.detach().to(cast).requires_grad_()
+        op(leaf, head.to(cast), logits.indices[:, 0]).sum().backward()
+        slopes.append(wide(grads(leaf)[0]))
+    np.testing.assert_allclose(slopes[0], slopes[1], atol=4e-5 * np.abs(slopes[1]).max())
+
+
 def test_frozen_head_no_grad_and_second_backward() -> None:
     hidden, head = torch.randn(5, 8).requires_grad_(), torch.randn(60, 8)
     before = hidden.detach().clone()
@@ -140,6 +154,7 @@ H, W, Y = torch.zeros(4, 8), torch.zeros(50, 8), torch.zeros(4).long()
         ((H, W, Y.float()), {}, "labels_N must hold integers"),
         ((H, W[:, :7], Y), {}, "width 8.*width 7"),
         ((H, W, Y), {"scale": 0}, "scale"),
+        ((H, W, Y), {"softcap": 1e39}, "softcap.*float32.*got 1e[+]39"),
         ((H, W, Y), {"backend": "none"}, "backend"),
     ],
 )

@@ -190,6 +190,25 @@ def test_exact_ties_go_to_the_smaller_id() -> None:
         assert ids.tolist() == [top_ids(row, 33, 3000) for row in raw]
 
 
+# One side's squares over- or underflow float32; the logits do not.
+OUT_OF_REACH = [(1e12, 1e-24), (1e-24, 1e12), (1e-15, 1e20), (1e20, 1e-15)]
+
+
+def nearly_tied(hidden_size: float, head_size: float) -> tuple[Tensor, Tensor]:
+    """Logits so close that rounding a product decides their order."""
+    head = torch.randn(1, 64) + 1e-6 * torch.randn(1500, 64)
+    return hidden_size * torch.randn(8, 64), head_size * head
+
+
+@pytest.mark.parametrize("sizes", OUT_OF_REACH)
+def test_norms_out_of_range_do_not_let_seeds_decide(sizes: tuple[float, float]) -> None:
+    hidden, head = nearly_tied(*sizes)
+    wanted = brute_topk(exact_scores(hidden, head), 17)
+    good = brute_topk(exact_scores(hidden, head), 34)[1]
+    for seeds in (None, good, torch.randint(1500, (8, 40))):
+        assert_same(linear_topk(hidden, head, 17, seeds_NS=seeds), wanted)
+
+
 @pytest.mark.parametrize("kind", ["zero hidden", "zero head", "one row", "given"])
 def test_equal_logits_overflow_into_the_exhaustive_search(kind: str) -> None:
     hidden, head = torch.randn(70, 5), torch.randn(2500, 5)
@@ -289,6 +308,12 @@ def test_inputs_may_be_views_and_stay_as_they_are() -> None:
     assert torch.equal(before[2], bias)
     hidden, head = hidden.contiguous(), head.contiguous()
     assert_same(got, linear_topk(hidden, head, 6, scale=2.0, bias_V=bias))
+
+
+def test_an_integer_of_numpy_is_an_integer() -> None:
+    hidden, head = torch.randn(3, 8), torch.randn(40, 8)
+    got = linear_topk(hidden, head, np.int64(4), vocab=np.int32(30))  # type: ignore[arg-type]
+    assert_same(got, linear_topk(hidden, head, 4, vocab=30))
 
 
 H, W = torch.zeros(4, 8), torch.zeros(50, 8)
