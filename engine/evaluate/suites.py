@@ -44,7 +44,7 @@ from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress
 
 # Raise it with every change of the code that can move a score: it is part of the protocol.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 Sample = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 

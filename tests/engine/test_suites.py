@@ -310,7 +310,9 @@ def test_an_option_sentence_must_name_the_option() -> None:
         evaluate(settings(), nothing, nothing, every_goal(), mmlu=[])
 
 
-def test_protocol_hash_changes_with_what_defines_the_scores_only() -> None:
+def test_protocol_hash_changes_with_what_defines_the_scores_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     records, rows = every_goal(), mmlu_rows()
     first = protocol_hash(settings(), records, rows, "t")
     trained_more = make("more", "general", split="train", meta={"fact": "moon"})
@@ -327,4 +329,6 @@ def test_protocol_hash_changes_with_what_defines_the_scores_only() -> None:
         protocol_hash(settings(), records, rows, "u"),
         protocol_hash(settings(), records, rows, "t", dtype="bfloat16"),
     ]
-    assert len({first, *others}) == 8
+    monkeypatch.setattr(suites, "SCORING_VERSION", 1)  # refusals found inside words
+    others.append(protocol_hash(settings(), records, rows, "t"))
+    assert len({first, *others}) == 9
