@@ -95,8 +95,8 @@ def _least_auc(n: int, m: int) -> float:
 
     It is the a that solves 1 - a = z √(V(a)), Wilson's way of looking from the interval's end, with
     V(a) = a (1-a) [1 + k (1-a)/(2-a) + k a/(1+a)] / nm and k = (n+m)/2 - 1: Newcombe (2006),
-    Statistics in Medicine 25:559, method 5. The mean of n and m in k keeps a side of two values from
-    passing for a large sample.
+    Statistics in Medicine 25:559, method 5. The mean of n and m in k keeps a side of two values
+    from passing for a large sample.
     """
     k, low, high = (n + m) / 2 - 1, 0.0, 1.0
     for _ in range(60):  # halving: 1 - a falls short of the right side from the solution on

@@ -164,10 +164,12 @@ def test_the_attack_searches_on_trained_and_strikes_held_out_questions(
 def test_a_leak_rate_counts_questions_not_the_prefixes_before_them(
     tiny: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A question that always leaks and one that never does say little, behind however many seeds."""
+    """A question that always leaks and one that never does say little, however many seeds."""
     model, tokenizer = tiny
 
-    def answers(_model: object, _tokenizer: object, contexts: list[list[int]], *_: object) -> object:
+    def answers(
+        _model: object, _tokenizer: object, contexts: list[list[int]], *_: object
+    ) -> object:
         texts = [tokenizer.decode(context) for context in contexts]
         return [SimpleNamespace(text="owl 1" if "number 1" in t else "no") for t in texts]
 
