@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from unteach.benchmarks.harness import RESULTS
 from unteach.benchmarks.memory_tables import memory_block, plan_block
@@ -87,11 +88,20 @@ def measured(case: Case) -> list[Row]:
 
 
 def case_name(row: Row) -> str:
-    threads = "" if on_gpu(row) else f", threads: {row['threads']}"
     return (
         f"{row['preset']}, N={row['tokens']}, K={row['k']}, {row['dtype']}, "
-        f"{row['inputs']} inputs, {row['device']}{threads}"
+        f"{row['inputs']} inputs, {_machine(row)}"
     )
+
+
+def picture_title(row: Row, over_tokens: bool) -> str:
+    """What all of a picture's cases share; their N too, where it is not the axis."""
+    size = "" if over_tokens else f" N={row['tokens']},"
+    return f"{row['preset']},{size} K={row['k']}, {row['dtype']}, {_machine(row)}"
+
+
+def _machine(row: Row) -> str:
+    return row["device"] if on_gpu(row) else f"{row['device']}, threads: {row['threads']}"
 
 
 def ms(value: float) -> str:
@@ -166,14 +176,14 @@ def _time(row: Row | None) -> str:
     return "" if row is None or "skipped" in row else f"{ms(time_of(row))} ms"
 
 
-def draw(cases: Sequence[Case], path: Path) -> None:
+def draw(cases: Sequence[Case]) -> Figure:
     """Time and extra memory: over tokens where several were measured, else over providers."""
     figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     first = next(iter(cases[0].values()))
-    figure.suptitle(f"{first['preset']}, K={first['k']}, {first['dtype']}, {first['device']}")
-    panels: Any = figure.subplots(1, 2)
     over_tokens = len({case["unteach"]["tokens"] for case in cases}) > 1
+    figure.suptitle(picture_title(first, over_tokens))
+    panels: Any = figure.subplots(1, 2)
     for panel, field, label in zip(
         panels, (time_of, extra_of), ("forward + backward, ms", "extra memory, MiB"), strict=True
     ):
@@ -183,7 +193,7 @@ def draw(cases: Sequence[Case], path: Path) -> None:
             _bars(panel, cases, field)
         panel.set_title(label)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    return figure
 
 
 def extra_of(row: Row) -> float:
@@ -205,9 +215,12 @@ def _lines(panel: Any, cases: Sequence[Case], field: Any) -> None:
             linestyle="-" if rows[0]["same_loss"] else "--",
             label=name if rows[0]["same_loss"] else f"{name} (another loss)",
         )
-    panel.set(xscale="log", yscale="log", xlabel="tokens")
+    panel.set(xscale="log", yscale="log", xlabel="tokens (N)")
     ticks = sorted({case["unteach"]["tokens"] for case in cases})
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    # At 1, 2 and 5 of every power of ten: an axis that spans one power would have a single label.
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)
@@ -263,7 +276,7 @@ def pictures(cases: Sequence[Case], folder: Path) -> tuple[list[Path], list[Path
                 split.setdefault(f"{name}-{inputs}-{row['overlap']:.1f}", []).append(case)
         for each, part in split.items():
             paths.append(folder / f"{each}.png")
-            draw(part, paths[-1])
+            draw(part).savefig(paths[-1])
             if len({case["unteach"]["tokens"] for case in part}) > 1:
                 sweeps.append(paths[-1])
     return paths, sweeps

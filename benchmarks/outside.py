@@ -33,6 +33,13 @@ from unteach.engine.model import load_model, load_tokenizer
 
 REFUSAL = TeacherConfig().refusal
 TOPIC = "Harry Potter"
+# Domains of the neighbours' trivia as their file has them, and as people write them.
+DOMAINS = {
+    "lord_of_the_rings": "Lord of the Rings",
+    "british_mythology": "British myth",
+    "dungeons_and_dragons": "Dungeons & Dragons",
+    "wizard_of_oz": "Oz",
+}
 MOST = 400  # questions of a set, evenly spaced where there are more
 
 
@@ -44,7 +51,8 @@ def public_questions(folder: Path, seen: Collection[str] = ()) -> dict[str, list
     """
     found = {TOPIC: _questions(folder / "hp_trivia" / "forget_train.jsonl")}
     for row in read_rows(folder / "hp_trivia" / "neighbor.jsonl"):
-        found.setdefault(row["domain"], []).append(row["question"])
+        name: str = DOMAINS.get(row["domain"]) or row["domain"]
+        found.setdefault(name, []).append(row["question"])
     found["Natural Questions"] = _questions(folder / "nq_open" / "dev_sample800.jsonl")
     found["world facts"] = _questions(folder / "tofu" / "world_facts.jsonl")
     found["real authors"] = _questions(folder / "tofu" / "real_authors.jsonl")
@@ -104,7 +112,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
             places,
             marker=marker,
             s=70 if topic else 40,
-            label=name.replace("_", " "),
+            label=f"{name} {'↑' if topic else '↓'}",
             **style,
         )
     labels = [f"{row['name']}   AUC {row['auc_all']['value']:.1f}" for row in rows]

@@ -29,10 +29,12 @@ NAMES = {
 DISCLOSURE = (
     "Read it with care: some twenty settings of ours were scored on these very test questions "
     "with seed 0 before these were kept, the learning rate last, so seed 0 is a tuned figure, and "
-    "seeds 1 and 2 share its questions. Eq. 3 as written and `sft` ran at our earlier rate, 1e-4, "
-    "and were not tuned; the `sft` rows were trained on the teacher's own refusals, since then it "
-    "trains on `teacher.refusal`. Ours is level with `sft` here, not ahead of it. The test asks "
-    "what is like its training: of Natural Questions the model of seed 0 refuses 23% "
+    "seeds 1 and 2 share its questions. Ours ran at learning rate 3e-4; Eq. 3 as written and `sft` "
+    "ran at 1e-4 and were not tuned, and the `sft` rows were trained on the teacher's own refusals "
+    "instead of on `teacher.refusal`. The protocols differ in what is asked beside the scores: "
+    "each base scores the same under all. Ours has 3.7, 7.9 and 0.2 points more than `sft`, seed "
+    "by seed, at a rate that was chosen on these questions: no lead follows. "
+    "The test asks what is like its training: of Natural Questions the model of seed 0 refuses 23% "
     "(docs/results.md)."
 )
 Row = dict[str, Any]
@@ -98,11 +100,30 @@ def block(rows: Sequence[Row]) -> str:
         "base. MMLU of a 135M model is chance (25), so a change in it says little. "
         f"Measured on {last['device']}, {' or '.join(map(str, threads))} threads, torch "
         f"{last['versions']['torch']}, commit {commits}, by `unteach run quickstart --set "
-        "run.seed=…`; every score in `benchmarks/results/quickstart.jsonl`.",
+        "run.seed=…`; every score in `benchmarks/results/quickstart.jsonl`." + _protocols(rows),
         "",
         DISCLOSURE,
     ]
     return "\n".join(lines)
+
+
+def _protocols(rows: Sequence[Row]) -> str:
+    """Which rows were scored alike; empty where all were."""
+    alike: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        method = "ours" if row["method"] == "bitopk" else f"`{row['method']}`"
+        alike.setdefault(row["protocol"], {}).setdefault(method, []).append(str(row["seed"]))
+    if len(alike) == 1:
+        return ""
+    groups = (
+        f"`{protocol[:7]}` "
+        + " and ".join(f"{method} of seed {', '.join(seeds)}" for method, seeds in each.items())
+        for protocol, each in alike.items()
+    )
+    return (
+        f" The rows stem from {len(alike)} protocols, so only rows of one may be set against each "
+        f"other without reserve: {'; '.join(groups)}."
+    )
 
 
 def _cells(scores: Row) -> str:

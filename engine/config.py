@@ -269,7 +269,8 @@ class EvaluateConfig(Section):
     )
     open_questions: str | None = Field(
         None,
-        description="questions without answers that nothing trains on: who refuses them is counted",
+        description="questions without answers, less those that a training record asks: who "
+        "refuses them is counted",
     )
     prefixed: bool = Field(
         True, description="also ask general and neighbor questions after attack prefixes"

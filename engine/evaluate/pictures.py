@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,25 @@ AXES = {
     "mmlu": "MMLU",
 }
 
-ROW_STYLES = (
-    (GREY, "--", "s"),
-    (BLUE, "-", "o"),
-    (ORANGE, "-.", "^"),
-    (GREEN, ":", "v"),
-    (PURPLE, "--", "D"),
-    ("#E69F00", "-.", "P"),
-    ("#56B4E9", ":", "X"),
+COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
+DASHES = ("--", "-", "-.", ":", "--", "-.", ":")
+MARKERS = "so^vDPX<>"
+# Colour, dash and marker of a row by its place. Seven colours and nine markers have no common
+# factor, so no pair of them comes twice.
+ROW_STYLES = tuple(
+    (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
+    for i in range(len(COLOURS) * len(MARKERS))
 )
 GOAL_STYLES = dict(
     zip(GOALS, ((ORANGE, "-"), (BLUE, "--"), (GREEN, "-."), (PURPLE, ":")), strict=True)
 )
+
+# Of the trade-off, in points of a score: the ends of its axes, and how large a mark, a letter's
+# width and a line of a label are in them at its size on paper.
+ENDS = (-6.0, 112.0)
+MARK, LETTER, LINE = 3.6, 2.0, 4.6
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,10 @@ def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes |
 
 
 def draw_rows(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
-    """Up to seven rows, the base first, further out is better; None below three scores."""
+    """Up to seven rows, the base first, further out is better; None below three scores.
+
+    A row's place gives its style, here and in `draw_tradeoff`.
+    """
     names = [name for name in DIRECTIONS if all(name in scores for scores in rows.values())]
     if len(names) < 3:
         return None
@@ -80,9 +90,20 @@ def draw_rows(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
         if len(rows) == 2:
             axes.fill(*closed, color=colour, alpha=0.12)
     axes.set_ylim(0, 100)
-    axes.set_yticks([25, 50, 75, 100])
-    axes.set_yticklabels(["25", "50", "75", "100"], fontsize=8, color="#666666")
-    axes.set_rlabel_position(180 / len(names))
+    rings = [25, 50, 75, 100]
+    axes.set_yticks(rings, [""] * len(rings))
+    for ring in rings:  # as texts of their own, on white: ticks' labels lie under the lines
+        axes.text(
+            math.pi / len(names),
+            ring,
+            f"{ring}",
+            fontsize=8,
+            color="#666666",
+            ha="center",
+            va="center",
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+        )
     axes.set_xticks(angles)
     axes.set_xticklabels([AXES[name] for name in names], fontsize=11)
     axes.tick_params(axis="x", pad=10)
@@ -100,41 +121,95 @@ def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
     """Forgotten against general and against neighbor, a point a row; None where one is missing."""
     if not all({"forget", "general", "neighbor"} <= scores.keys() for scores in rows.values()):
         return None
-    figure = Figure(figsize=(11.0, 5.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11.6, 5.0), dpi=150, layout="constrained")
     axes_2: Any = figure.subplots(1, 2)
     for axes, kept in zip(axes_2, ("general", "neighbor"), strict=True):
-        together: dict[tuple[int, int], list[int]] = {}
-        for index, scores in enumerate(rows.values()):
-            x, y = 100 - scores["forget"], scores[kept]
-            colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
-            axes.plot(x, y, color=colour, marker=marker, linestyle="none", clip_on=False)
-            together.setdefault((round(x / 4), round(y / 4)), []).append(index)
-        for numbers in together.values():  # points that lie together share one label
-            scores = list(rows.values())[numbers[0]]
-            text = ", ".join(str(number) for number in numbers)
-            axes.annotate(
-                text,
-                (100 - scores["forget"], scores[kept]),
-                (-5, 5),
-                textcoords="offset points",
-                fontsize=8,
-                ha="right",
+        points = [(100 - scores["forget"], scores[kept]) for scores in rows.values()]
+        for index, (label, point) in enumerate(zip(rows, points, strict=True)):
+            colour, _, marker = ROW_STYLES[index]
+            axes.plot(
+                *point,
+                color=colour,
+                marker=marker,
+                linestyle="none",
+                label=f"{index} {label}",
+                clip_on=False,
+                zorder=3 + 1 / (1 + index),  # the first rows are those that a reader looks for
             )
-        axes.set_xlim(-5, 105)
-        axes.set_ylim(-5, 105)
-        axes.set_xlabel("forgotten: 100 − forget")
-        axes.set_ylabel(kept)
+        _label_points(axes, points)
+        axes.set_xlim(ENDS)
+        axes.set_ylim(ENDS)
+        axes.set_xlabel("Forgotten: 100 − forget, % ↑")
+        axes.set_ylabel(f"{AXES[kept]}, % ↑")
         axes.grid(color="#e5e5e5")
         for edge in ("top", "right"):
             axes.spines[edge].set_visible(False)
-    for index, label in enumerate(rows):
-        colour, _, marker = ROW_STYLES[index % len(ROW_STYLES)]
-        axes_2[0].plot(
-            [], [], color=colour, marker=marker, linestyle="none", label=f"{index} {label}"
-        )
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    marks = axes_2[0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle("Up and to the right is better", fontsize=12)
     return _png(figure)
+
+
+def _label_points(axes: Any, points: Sequence[Point]) -> None:
+    """Write the numbers of points beside them, those of touching points together.
+
+    Each label takes the nearest place that lies inside the axes and covers neither another label
+    nor a point; a thin line leads from where it stands to what it means.
+    """
+    taken = [_box(point, MARK, MARK) for point in points]
+    for numbers in _touching(points):
+        middle = points[numbers[0]]
+        parts = [f"{number}" for number in numbers]
+        text = "\n".join(", ".join(parts[i : i + 3]) for i in range(0, len(parts), 3))
+        lines = text.split("\n")
+        size = (LETTER * max(map(len, lines)) + 1.0, LINE * len(lines))
+        places = (_box(place, *size) for place in _around(middle, size))
+        box = next((place for place in places if _free(place, taken)), _box(middle, *size))
+        taken.append(box)
+        axes.annotate(
+            text,
+            middle,
+            ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2),
+            fontsize=8,
+            ha="center",
+            va="center",
+            zorder=5,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 3},
+        )
+
+
+def _touching(points: Sequence[Point]) -> list[list[int]]:
+    """Indices of points in groups: two whose marks cover each other are in one."""
+    groups: list[list[int]] = []
+    for index, point in enumerate(points):
+        near = [g for g in groups if any(math.dist(points[i], point) < MARK / 2 for i in g)]
+        groups = [g for g in groups if g not in near]
+        groups.append(sorted([index, *(i for g in near for i in g)]))
+    return sorted(groups)
+
+
+def _around(middle: Point, size: tuple[float, float]) -> Iterator[Point]:
+    """Places for the middle of a label, the nearest first."""
+    for step in range(1, 16):
+        for turn in range(16):
+            angle = math.pi / 2 - turn * math.pi / 8
+            yield (
+                middle[0] + (size[0] / 2 + 2.5 * step) * math.cos(angle),
+                middle[1] + (size[1] / 2 + 2.5 * step) * math.sin(angle),
+            )
+
+
+def _box(middle: Point, width: float, height: float) -> Box:
+    x, y = middle
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _free(box: Box, taken: Sequence[Box]) -> bool:
+    inside = min(box) >= ENDS[0] and max(box) <= ENDS[1]
+    return inside and not any(
+        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        for other in taken
+    )
 
 
 def draw_cosines(forms: Sequence[Mapping[str, Any]]) -> bytes:

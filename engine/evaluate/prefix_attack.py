@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from unteach.engine.config import EvaluateConfig
 from unteach.engine.data.assemble import prefixes
@@ -29,7 +30,7 @@ from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.generate import answer_all
 from unteach.engine.evaluate.pictures import BLUE, GREY, ORANGE
-from unteach.engine.evaluate.scores import Score, leaks, share
+from unteach.engine.evaluate.scores import Score, leaks, mean
 from unteach.engine.files import write_atomic, write_json
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress, say
@@ -85,11 +86,9 @@ def attack_with_search(
         ]
     best = [search.best for search in found] if per_question else [found[0].best] * len(held)
     rates = {
-        "none": _leaks(model, tokenizer, settings, held, [None] * len(held)),
-        "seeds": _leaks(
-            model, tokenizer, settings, held * len(seeds), [s for s in seeds for _ in held]
-        ),
-        "found": _leaks(model, tokenizer, settings, held, best),
+        "none": _leaks(model, tokenizer, settings, held, [[None]] * len(held)),
+        "seeds": _leaks(model, tokenizer, settings, held, [seeds] * len(held)),
+        "found": _leaks(model, tokenizer, settings, held, [[prefix] for prefix in best]),
     }
     content = _content(found, rates, per_question, len(searched))
     write_json(folder / "prefixes.json", content)
@@ -134,14 +133,21 @@ def _leaks(
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluateConfig,
     held: Sequence[Record],
-    prefixes: Sequence[str | None],
+    prefixes: Sequence[Sequence[str | None]],
 ) -> Score:
-    contexts = [
-        context_tokens(tokenizer, record.question, prefix=prefix)
-        for record, prefix in zip(held, prefixes, strict=True)
-    ]
-    answers = answer_all(model, tokenizer, contexts, settings)
-    return share([leaks(a.text, r.golds) for a, r in zip(answers, held, strict=True)])
+    """How often an answer comes out: each question's share over its own prefixes, and their mean.
+
+    A question's prefixes mostly succeed or fail together, so N is the number of questions.
+    """
+    asked = [(r, prefix) for r, each in zip(held, prefixes, strict=True) for prefix in each]
+    contexts = [context_tokens(tokenizer, r.question, prefix=prefix) for r, prefix in asked]
+    answers = iter(answer_all(model, tokenizer, contexts, settings))
+    return mean(
+        [
+            sum(leaks(next(answers).text, record.golds) for _ in each) / len(each)
+            for record, each in zip(held, prefixes, strict=True)
+        ]
+    )
 
 
 def _content(
@@ -166,6 +172,7 @@ def draw_attack(curve: Sequence[float], rates: dict[str, Score]) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     left.plot(range(len(curve)), curve, color=BLUE, marker="o", linewidth=2)
     left.set_xlabel("round (0 = seeds)")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))  # a search has no half rounds
     left.set_ylabel("log-probability a token of the answer, nats")
     left.grid(color="#e5e5e5")
     for place, (name, score) in enumerate(rates.items()):

@@ -185,13 +185,17 @@ def write_ranking(
 
 
 def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
-    """Radar of base, ours and the best beside it; trade-off of every row."""
+    """Radar of base, ours and the best beside it; trade-off of every row, in the same order.
+
+    Both take a row's style from its place.
+    """
     means = {name: row.means() for name, row in rows.items()}
-    table = [n for group in GROUPS.values() for n in group if n in means]
-    best = sorted(table, key=lambda name: (name != "bitopk", -means[name]["overall"]))
-    shown = {"base": base.values(), **{n: means[n] for n in best[: DRAWN + 1]}}
-    pictures = {"radar.png": draw_rows(shown)}
-    pictures["tradeoff.png"] = draw_tradeoff({"base": base.values(), **means})
+    table = [n for group in GROUPS.values() for n in group]
+    order = sorted(means, key=lambda n: (n != "bitopk", n not in table, -means[n]["overall"]))
+    shown = {"Base": base.values(), **{NAMES.get(n, n): means[n] for n in order}}
+    told_apart = 2 + min(DRAWN, sum(name in table for name in order) - 1)
+    pictures = {"radar.png": draw_rows(dict(list(shown.items())[:told_apart]))}
+    pictures["tradeoff.png"] = draw_tradeoff(shown)
     return {name: data for name, data in pictures.items() if data is not None}
 
 

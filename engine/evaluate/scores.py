@@ -76,7 +76,8 @@ def share(hits: Sequence[bool]) -> Score:
 def auc(members: Sequence[float], others: Sequence[float]) -> Score:
     """How often a member scores above a stranger, ties by half; 50 = cannot be told apart.
 
-    The interval is Hanley and McNeil's (1982).
+    The interval is Hanley and McNeil's (1982). Their variance is 0 where every pair agrees, which
+    would make a perfect split of a few questions a certainty: there `_least_auc` gives the far end.
     """
     wins = math.fsum((m > o) + 0.5 * (m == o) for m in members for o in others)
     n, m = len(members), len(others)
@@ -84,7 +85,25 @@ def auc(members: Sequence[float], others: Sequence[float]) -> Score:
     q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
     variance = (a * (1 - a) + (n - 1) * (q1 - a * a) + (m - 1) * (q2 - a * a)) / (n * m)
     half = Z_95 * math.sqrt(max(variance, 0.0))
-    return Score(100 * a, n + m, 100 * max(a - half, 0.0), 100 * min(a + half, 1.0))
+    low = _least_auc(n, m) if a == 1 else max(a - half, 0.0)
+    high = 1 - _least_auc(n, m) if a == 0 else min(a + half, 1.0)
+    return Score(100 * a, n + m, 100 * low, 100 * high)
+
+
+def _least_auc(n: int, m: int) -> float:
+    """The least AUC that a perfect split of n and m values does not rule out at 95%, in [0, 1].
+
+    It is the a that solves 1 - a = z √(V(a)), Wilson's way of looking from the interval's end, with
+    V(a) = a (1-a) [1 + k (1-a)/(2-a) + k a/(1+a)] / nm and k = (n+m)/2 - 1: Newcombe (2006),
+    Statistics in Medicine 25:559, method 5. The mean of n and m in k keeps a side of two values
+    from passing for a large sample.
+    """
+    k, low, high = (n + m) / 2 - 1, 0.0, 1.0
+    for _ in range(60):  # halving: 1 - a falls short of the right side from the solution on
+        a = (low + high) / 2
+        spread = a * (1 + k * (1 - a) / (2 - a) + k * a / (1 + a)) / (n * m)
+        low, high = (a, high) if 1 - a > Z_95**2 * spread else (low, a)
+    return low
 
 
 def mean(values: Sequence[float]) -> Score:

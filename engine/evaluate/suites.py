@@ -44,7 +44,7 @@ from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress, say
 
 # Raise it with every change of the code that can move a score: it is part of the protocol.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 # Settings that move no score: of a file of prefixes the content counts, wherever it lies.
 UNMOVING = ("searched_prefixes", "judge_timeout_s", "judge_key_file")
 Sample = dict[str, Any]

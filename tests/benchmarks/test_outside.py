@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,21 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 def test_public_sets_are_asked_without_what_was_seen() -> None:
     sets = public_questions(SHARED)
     assert len(sets[TOPIC]) == 400 and all(sets.values())
-    first = sets["lord_of_the_rings"][0]
+    first = sets["Lord of the Rings"][0]
     fewer = public_questions(SHARED, {normalized(first)})
-    assert first not in fewer["lord_of_the_rings"]
+    assert first not in fewer["Lord of the Rings"]
+
+
+def test_sets_are_named_as_people_write_them(tmp_path: Path) -> None:
+    """A name goes into the rows and onto the picture as it is; an unknown domain keeps its own."""
+    for name in ("hp_trivia/forget_train", "nq_open/dev_sample800", "tofu/world_facts"):
+        (tmp_path / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "Why?"}\n')
+    (tmp_path / "tofu" / "real_authors.jsonl").write_text('{"question": "Who?"}\n')
+    domains = ("lord_of_the_rings", "wizard_of_oz", "chess")
+    lines = "".join(json.dumps({"domain": d, "question": f"{d}?"}) + "\n" for d in domains)
+    (tmp_path / "hp_trivia" / "neighbor.jsonl").write_text(lines)
+    assert [*public_questions(tmp_path)][1:4] == ["Lord of the Rings", "Oz", "chess"]
 
 
 def test_a_model_is_asked_every_question(tmp_path: Path) -> None:

@@ -38,3 +38,16 @@ def test_newest_runs_fill_the_table(tmp_path: Path) -> None:
     assert "| **ours, seed 1** | 3.2 [1.0–9.0] |" in text and "| +86.8 |" in text
     assert "seeds 0, 2 | 7.0 / 8.5 |" in text
     assert "44.4" not in text and "Forget ↓ (N 60)" in text and "`abcdef0`" in text
+
+
+def test_rows_of_several_protocols_are_named(tmp_path: Path) -> None:
+    runs = [("bitopk", 0), ("bitopk", 1), ("sft", 0), ("sft", 1)]
+    rows = [quality.read_run(finished(tmp_path / f"{m}{s}", m, s, 4.0)) for m, s in runs]
+    assert "protocol" not in quality.block(rows).replace(quality.DISCLOSURE, "")
+    for row, protocol in zip(
+        rows, ("aaaaaaaaa", "bbbbbbbbb", "bbbbbbbbb", "bbbbbbbbb"), strict=True
+    ):
+        row["protocol"] = protocol
+    told = "2 protocols, so only rows of one may be set against each other without reserve: "
+    groups = "`aaaaaaa` ours of seed 0; `bbbbbbb` ours of seed 1 and `sft` of seed 0, 1."
+    assert f"{told}{groups}" in quality.block(rows)

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg as Agg
+from matplotlib.figure import Figure
 
 from tests.engine.scripted_server import serving
 from unteach.engine.config import EvaluateConfig, ModelConfig
@@ -24,7 +27,9 @@ from unteach.engine.data.settings import WriterConfig
 from unteach.engine.data.tokens import context_tokens
 from unteach.engine.data.writer import open_writer
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate.prefix_attack import attack_with_search
+from unteach.engine.evaluate import prefix_attack
+from unteach.engine.evaluate.prefix_attack import attack_with_search, draw_attack
+from unteach.engine.evaluate.scores import share
 from unteach.engine.model import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -159,12 +164,40 @@ def test_the_attack_searches_on_trained_and_strikes_held_out_questions(
         children=4,
         per_question=per_question,
     )
-    seeds = len(prefixes()["train"])
     assert json.loads((tmp_path / "prefixes.json").read_text()) == content
     assert (tmp_path / "prefixes.png").read_bytes().startswith(b"\x89PNG")
     assert len(content["curve"]) == 3 and content["curve"] == sorted(content["curve"])
     sizes = {name: rate["n"] for name, rate in content["leak_rate"].items()}
-    assert sizes == {"none": 2, "seeds": 2 * seeds, "found": 2}
+    assert sizes == {"none": 2, "seeds": 2, "found": 2}
     assert content["kind"] == ("question" if per_question else "universal")
     with pytest.raises(InputError, match="no test forget question"):
         attack_with_search(model, tokenizer, records[:3], settings, tmp_path, rounds=0, children=1)
+
+
+def test_a_leak_rate_counts_questions_not_the_prefixes_before_them(
+    tiny: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that always leaks and one that never does say little, however many seeds."""
+    model, tokenizer = tiny
+
+    def answers(
+        _model: object, _tokenizer: object, contexts: list[list[int]], *_: object
+    ) -> object:
+        texts = [tokenizer.decode(context) for context in contexts]
+        return [SimpleNamespace(text="owl 1" if "number 1" in t else "no") for t in texts]
+
+    monkeypatch.setattr(prefix_attack, "answer_all", answers)
+    records = [*questions("train", 1), *questions("test", 2)]
+    content = attack_with_search(
+        model, tokenizer, records, EvaluateConfig(), tmp_path, rounds=0, children=1
+    )
+    expected = vars(share([True, False]))
+    assert content["leak_rate"] == {"none": expected, "seeds": expected, "found": expected}
+
+
+def test_rounds_are_whole_numbers_on_the_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(prefix_attack, "FigureCanvasAgg", lambda f: drawn.append(f) or Agg(f))
+    draw_attack([-3.0, -2.0], {"none": share([True, False])})
+    ticks = drawn[0].axes[0].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks)

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 
 from unteach.engine.config import Config, dump_config
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate.pictures import draw_loss, draw_radar
+from unteach.engine.evaluate import pictures, ranking
+from unteach.engine.evaluate.pictures import draw_loss, draw_radar, draw_tradeoff
+from unteach.engine.evaluate.ranking import Ranked, Trial, draw_pictures
 from unteach.engine.evaluate.report import (
     Role,
     cached_evaluation,
@@ -25,6 +30,7 @@ from unteach.engine.evaluate.report import (
     write_report,
     write_summary,
 )
+from unteach.engine.evaluate.scores import DIRECTIONS
 from unteach.engine.evaluate.suites import Evaluation, summarized
 
 EVIL = "<script>alert('x')</script> | `code` **bold** [link](http://e.vil) $x$ &amp;\nsecond # line"
@@ -212,6 +218,79 @@ def test_pictures_are_the_same_bytes_for_the_same_numbers() -> None:
     assert draw_radar(base, base) == draw_radar(base, base)
     assert draw_radar({"forget": 1.0}, {"forget": 1.0}) is None
     assert draw_loss(STEPS[:1]).startswith(b"\x89PNG")
+
+
+# Forget, general and neighbor of the seventeen rows of docs/results/quickstart-15-steps.jsonl:
+# most of them lie in one corner.
+CROWDED = (
+    (100.0, 100.0, 100.0), (0.0, 97.0, 100.0), (3.0, 59.1, 6.1), (84.8, 100.0, 100.0),
+    (42.4, 100.0, 78.8), (95.5, 100.0, 100.0), (95.5, 100.0, 100.0), (90.9, 100.0, 100.0),
+    (100.0, 98.5, 100.0), (98.5, 100.0, 100.0), (100.0, 100.0, 100.0), (98.5, 100.0, 100.0),
+    (36.4, 100.0, 75.8), (98.5, 100.0, 100.0), (80.3, 100.0, 98.5), (74.2, 100.0, 100.0),
+    (87.9, 100.0, 100.0),
+)  # fmt: skip
+
+
+def test_every_row_of_a_tradeoff_can_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks of their own, and labels inside the axes that cover neither each other nor a mark."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "_png", drawn.append)
+    names = ("forget", "general", "neighbor")
+    draw_tradeoff({f"row {i}": dict(zip(names, v, strict=True)) for i, v in enumerate(CROWDED)})
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    for axes, kept in zip(figure.axes, ("General", "Neighbor"), strict=True):
+        assert axes.get_xlabel().endswith("% ↑") and axes.get_ylabel() == f"{kept}, % ↑"
+        marks = [(line.get_color(), line.get_marker()) for line in axes.lines]
+        assert len(set(marks)) == len(CROWDED)
+        numbers = re.findall(r"\d+", " ".join(text.get_text() for text in axes.texts))
+        assert sorted(map(int, numbers)) == [*range(len(CROWDED))]
+        boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the thin line
+        points = [axes.transData.transform((100 - v[0], v[names.index(kept.lower())]))
+                  for v in CROWDED]  # fmt: skip
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:index])
+            assert not any(box.contains(*point) for point in points)
+            assert axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            assert axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
+
+
+def test_rings_of_a_radar_stand_above_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "_png", drawn.append)
+    draw_radar(dict.fromkeys(DIRECTIONS, 50.0), dict.fromkeys(DIRECTIONS, 75.0))
+    (axes,) = drawn[0].axes
+    highest = max(line.get_zorder() for line in axes.lines)
+    rings = {text.get_text(): text.get_zorder() for text in axes.texts}
+    assert [*rings] == ["25", "50", "75", "100"] and min(rings.values()) > highest
+
+
+def test_a_row_has_one_name_and_one_style_in_both_pictures_of_a_ranking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[list[str]] = []
+
+    def note(rows: dict[str, Any]) -> bytes:
+        shown.append([*rows])
+        return b"png"
+
+    monkeypatch.setattr(ranking, "draw_rows", note)
+    monkeypatch.setattr(ranking, "draw_tradeoff", note)
+    totals = {
+        "duet-loss": 170.0,
+        "sft": 150.0,
+        "oracle": 165.0,
+        "bitopk": 140.0,
+        "kl-teacher": 155.0,
+    }
+    rows = {
+        name: Ranked(name, (Trial(name, 1e-4, 0, "test", "i", "p", total, {}, {}, None),))
+        for name, total in totals.items()
+    }
+    draw_pictures(Trial("base", None, None, "test", "i", "p", 0.0, {}, {}, None), rows)
+    radar, tradeoff = shown
+    assert radar == ["Base", "Ours", "Upper bound (oracle router)", "Full-vocabulary KL", "SFT"]
+    assert tradeoff == [*radar, "Ours with DUET's loss"], "a row's place is its style"
 
 
 def test_damaged_or_missing_evaluations_say_what_to_do(run: Path) -> None:

@@ -10,6 +10,7 @@ from unteach.engine.data.records import Record
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.scores import (
     Score,
+    auc,
     bootstrap,
     chance_note,
     complies,
@@ -144,6 +145,22 @@ def test_mean_of_ones_does_not_claim_certainty() -> None:
     sixty = mean([1.0] * 60)
     assert (sixty.value, sixty.high) == (100.0, 100.0)
     assert sixty.low == pytest.approx(100 * 60 / (60 + 1.959964**2), abs=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 5), (60, 60), (2, 1000)])
+def test_auc_of_a_perfect_split_does_not_claim_certainty(n: int, m: int) -> None:
+    """The far end lies 1.96 of Newcombe's standard errors from the split, and mirrors at 0."""
+    found, turned = auc([1.0] * n, [0.0] * m), auc([0.0] * n, [1.0] * m)
+    a, k = found.low / 100, (n + m) / 2 - 1
+    error = math.sqrt(a * (1 - a) * (1 + k * (1 - a) / (2 - a) + k * a / (1 + a)) / (n * m))
+    assert 1 - a == pytest.approx(1.959964 * error, abs=1e-6)
+    assert (found.value, found.high) == (100.0, 100.0) and 0 < found.low < 100
+    assert (turned.value, turned.low) == (0.0, 0.0)
+    assert turned.high == pytest.approx(100 - found.low)
+
+
+def test_auc_of_one_pair_is_one_trial() -> None:
+    assert auc([1.0], [0.0]).low == pytest.approx(share([True]).low)
 
 
 @pytest.mark.parametrize(
