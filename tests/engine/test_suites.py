@@ -283,7 +283,7 @@ def test_known_asks_attacks_without_prefix(tiny: Pair, monkeypatch: pytest.Monke
         ({"goal": "neighbor", "options": None, "correct": None, "refusals": []}, "no options"),
         ({"goal": "neighbor", "options": ["x", " ", "y"]}, "empty option"),
         ({"goal": "neighbor", "options": ["x", "x ", "y"]}, "same option twice"),
-        ({"goal": "attack", "prefix": "  "}, "has no prefix"),
+        ({"goal": "attack", "prefix": None}, "has no prefix"),
         ({"goal": "attack", "prefix": "TRAINED prefix."}, "prefix of training record 'seen'"),
         ({"goal": "forget", "form": "passage"}, "is a passage"),
     ],
