@@ -172,7 +172,7 @@ def bench(
     }
     options = context.args
     if kernel is not None and kernel.startswith("-"):  # the name was left out
-        kernel, options = None, [kernel, *options]
+        options, kernel = [kernel, *options], None
     if kernel is not None and kernel not in benchmarks:
         raise InputError(f"There is no benchmark {kernel}: choose {', '.join(benchmarks)}.")
     for name in [kernel] if kernel else benchmarks:
