@@ -172,8 +172,7 @@ def bench(
     }
     options = context.args
     if kernel is not None and kernel.startswith("-"):  # the name was left out
-        options.insert(0, kernel)
-        kernel = None
+        options, kernel = [kernel, *options], None
     if kernel is not None and kernel not in benchmarks:
         raise InputError(f"There is no benchmark {kernel}: choose {', '.join(benchmarks)}.")
     for name in [kernel] if kernel else benchmarks:
