@@ -51,8 +51,8 @@ def public_questions(folder: Path, seen: Collection[str] = ()) -> dict[str, list
     """
     found = {TOPIC: _questions(folder / "hp_trivia" / "forget_train.jsonl")}
     for row in read_rows(folder / "hp_trivia" / "neighbor.jsonl"):
-        name: str = DOMAINS.get(row["domain"]) or row["domain"]
-        found.setdefault(name, []).append(row["question"])
+        domain = str(row["domain"])
+        found.setdefault(DOMAINS.get(domain, domain), []).append(row["question"])
     found["Natural Questions"] = _questions(folder / "nq_open" / "dev_sample800.jsonl")
     found["world facts"] = _questions(folder / "tofu" / "world_facts.jsonl")
     found["real authors"] = _questions(folder / "tofu" / "real_authors.jsonl")
