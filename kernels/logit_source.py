@@ -13,6 +13,7 @@ on exact values:
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -221,8 +222,8 @@ def _values_at(source: LogitSource, ids_NU: Tensor) -> Tensor:
 
 def row_norms(x_XD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Each row's length, and what squares that underflowed may add; inf where they overflow."""
-    norm_X = torch.linalg.vector_norm(x_XD, dim=1, dtype=dtype)
-    return norm_X + (x_XD.shape[1] * torch.finfo(norm_X.dtype).tiny) ** 0.5
+    norm_X: Tensor = torch.linalg.vector_norm(x_XD, dim=1, dtype=dtype)
+    return norm_X + math.sqrt(x_XD.shape[1] * torch.finfo(norm_X.dtype).tiny)
 
 
 def largest_norm(norm_X: Tensor) -> Tensor:
