@@ -68,7 +68,7 @@ def test_the_default_dtype_changes_no_bit() -> None:
     assert none[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("sizes", [OUT_OF_REACH[0], OUT_OF_REACH[2]])
+@pytest.mark.parametrize("sizes", OUT_OF_REACH[:1])
 def test_norms_out_of_range_do_not_let_seeds_decide(sizes: tuple[float, float]) -> None:
     hidden, head = nearly_tied(*sizes)
     hidden, head = hidden[:1], head[:140]
