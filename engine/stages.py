@@ -72,8 +72,6 @@ def target_stage(run: Run) -> None:
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
         "refusal": config.teacher.refusal,
-        "packing": config.data.pack_tokens,
-        "dtype": [config.model.dtype, config.parallel.dtype],
         "seed": config.run.seed,
     }
     if stamp_matches(run.folder, "target", inputs, output):
@@ -203,7 +201,6 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
         "examples": digest(
             [[e.record_id, e.goal, e.context, e.response] for s in streams for e in s.examples]
         ),
-        "packing": config.data.pack_tokens,
         "method": config.method.model_dump(mode="json"),
         "optim": config.optim.model_dump(mode="json"),
         "mix": {str(goal): count for goal, count in config.data.mix.items()},

