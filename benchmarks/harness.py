@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unteach.engine.checkout import checkout_commit
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # More than the last-level cache of any GPU in use (H200: 50 MB, B200: 126 MB).
 FLUSH_BYTES = 256 * 2**20
+SHORT_COMMIT = 7  # characters of a commit that name it
 MMAP_THRESHOLD = 2**20  # bytes; from this size on glibc maps a block, and unmaps it when freed
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -37,21 +40,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def commit() -> str | None:
-    """The checkout's commit, None outside a checkout and where git is not installed."""
-    here = str(Path(__file__).resolve().parent)
-    try:
-        done = subprocess.run(
-            ["git", "-C", here, "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def device_name(device: torch.device) -> str:
@@ -189,7 +177,7 @@ def append_rows(
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": (checkout_commit() or "")[:SHORT_COMMIT] or None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"

@@ -32,10 +32,9 @@ DISCLOSURE = (
     "seeds 1 and 2 share its questions. Ours ran at learning rate 3e-4; Eq. 3 as written and `sft` "
     "ran at 1e-4 and were not tuned, and the `sft` rows were trained on the teacher's own refusals "
     "instead of on `teacher.refusal`. The protocols differ in what is asked beside the scores: "
-    "each base scores the same under all. Ours has 3.7, 7.9 and 0.2 points more than `sft`, seed "
-    "by seed, at a rate that was chosen on these questions: no lead follows. "
-    "The test asks what is like its training: of Natural Questions the model of seed 0 refuses 23% "
-    "(docs/results.md)."
+    "each base scores the same under all. Where ours is ahead of `sft`, it is at a rate that was "
+    "chosen on these questions: no lead follows. The test asks what is like its training; how much "
+    "of other questions the model refuses stands in docs/results.md."
 )
 Row = dict[str, Any]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from unteach.engine.attention import check_attention
+from unteach.engine.checkout import checkout_commit
 from unteach.engine.config import Config, DataConfig, Dtype, TeacherConfig, dump_config
 from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.found_prefixes import with_found_prefixes
@@ -275,18 +275,12 @@ def _make_folder(folder: Path) -> None:
 def environment(world: World) -> dict[str, Any]:
     """Versions, commit and device of this process, for whoever reads the results."""
     names = ("unteach", "torch", "transformers", "safetensors", "numpy")
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         "versions": {package: version(package) for package in names},
-        "commit": commit or None,
+        "commit": checkout_commit(),
         "device": f"{device.type} ({name})",
         "processes": world.size,
         "threads": torch.get_num_threads(),

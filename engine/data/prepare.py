@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,14 @@ from unteach.engine.data.settings import SourceSettings
 from unteach.engine.data.sheet import write_sheet
 from unteach.engine.data.sources import collect, hub_repo
 from unteach.engine.errors import InputError
-from unteach.engine.files import check_apart, check_own, renamed_into_place, sha256_of, write_json
+from unteach.engine.files import (
+    check_apart,
+    check_own,
+    read_json,
+    renamed_into_place,
+    sha256_of,
+    write_json,
+)
 from unteach.engine.progress import say
 
 PIN = "revision.json"
@@ -43,7 +49,7 @@ def prepare(settings: SourceSettings, folder: Path) -> None:
         check_apart(output, "data.beside", name)
     inputs = _inputs(settings)
     if (output / "source.json").is_file():
-        before = json.loads((output / "source.json").read_text(encoding="utf-8"))["inputs"]
+        before = read_json(output / "source.json")["inputs"]
         changed = sorted(k for k in {**before, **inputs} if before.get(k) != inputs.get(k))
         if changed:
             raise InputError(
@@ -83,7 +89,7 @@ def _pinned(settings: SourceSettings, output: Path) -> SourceSettings:
     if repo is None:
         return settings
     asked = {"repo": repo, "asked": settings.revision}
-    pin = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    pin = read_json(path) if path.is_file() else {}
     if {name: pin.get(name) for name in asked} != asked:
         commit = commit_of(repo, settings.revision)
         if commit is None:

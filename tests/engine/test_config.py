@@ -48,7 +48,6 @@ def test_override_reads_json_and_text() -> None:
         ("optim.lr=fast", "optim.lr"),
         ("method.k=0", "method.k"),
         ("parallel.checkpointing=0", "parallel.checkpointing"),
-        ("data.mix.forgot=1", "data.mix.forgot"),
         ("data.mix.forget=-1", "data.mix.forget"),
         ("method.k=65", "teacher.top is 64 and method.k is 65"),
         ("target=5", "target is a section of config keys: write target.key=value, or target=null"),

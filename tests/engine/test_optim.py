@@ -10,7 +10,7 @@ import torch
 from unteach.engine.config import ModelConfig, OptimConfig
 from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedModel, head_weight, load_model, tiny_model
-from unteach.engine.train.log import FiniteGuard, StepLog, StepSums
+from unteach.engine.train.log import FiniteGuard, StepSums
 from unteach.engine.train.optim import (
     adamw,
     choose_trainable,
@@ -124,10 +124,3 @@ def test_rate_is_set_where_it_is_kept() -> None:
         set_learning_rate(optimizer, 0.25)
         assert float(optimizer.param_groups[0]["lr"]) == 0.25
         assert isinstance(optimizer.param_groups[0]["lr"], type(rate))
-
-
-def test_a_resumed_log_is_cut_at_line_ends_alone(tmp_path: Path) -> None:
-    path, first = tmp_path / "train.jsonl", '{"step": 1, "note": "one\u2028line"}\n'
-    path.write_text(first + '{"step": 2}\n{"st', encoding="utf-8")
-    StepLog(path, 1, World(0, 1, torch.device("cpu"), None))
-    assert path.read_text(encoding="utf-8") == first
