@@ -25,6 +25,7 @@ Checkpointing = Literal["off", "elementwise", "selective", "full"]
 Attention = Literal[
     "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Response = Literal["teacher", "gold", "refusal", "own"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 RESPONSES: dict[Goal, Response] = {
@@ -289,6 +290,9 @@ class RunConfig(Section):
         False,
         description="write checkpoints while training goes on, at the price of a copy of the "
         "weights and the optimiser state in host memory",
+    )
+    report_to: Tracker | None = Field(
+        None, description="`tensorboard`, `wandb` or `trackio` also gets the lines of train.jsonl"
     )
 
 

@@ -53,6 +53,7 @@ from unteach.engine.progress import say
 from unteach.engine.teacher.intentions import Intentions, load_intentions, without_prefix_demos
 from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.parallel import World, check_parallel
+from unteach.engine.train.report_to import check_tracker
 
 
 @dataclass
@@ -158,6 +159,7 @@ def open_run(config: Config, world: World) -> Run:
     find_method(config.method.name)
     attention = check_attention(config.model.attention, world.device)
     check_parallel(config.parallel, world)
+    check_tracker(config.run.report_to)
     if not config.data.path and config.data.source is None:
         raise InputError("data.path is empty: name a file of QA records, or run a recipe.")
     folder = Path(config.run.folder)

@@ -119,8 +119,8 @@ class StepLog:
         """Take in the tokens of a step, logged or not, without asking the device for a number."""
         self.tokens += sums.counts_2[0]
 
-    def write(self, step: int, sums: StepSums, lr: float, norm: Tensor) -> float:
-        """Append the line of a step that has just ended; returns its loss."""
+    def write(self, step: int, sums: StepSums, lr: float, norm: Tensor) -> dict[str, Any]:
+        """Append the line of a step that has just ended; returns it on every rank."""
         world = self.world
         loss = float(world.reduced(sums.loss))
         goals = world.reduced(sums.goals_G3).tolist()
@@ -150,7 +150,7 @@ class StepLog:
                     stream.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise InputError(unwritable(self.path, error)) from error
-        return loss
+        return line
 
 
 def peak_mib(device: torch.device) -> float:

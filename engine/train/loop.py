@@ -49,6 +49,7 @@ from unteach.engine.train.parallel import (
     whole,
 )
 from unteach.engine.train.read_ahead import ReadAhead
+from unteach.engine.train.report_to import reporting
 from unteach.engine.train.seeds import SeedFile
 from unteach.engine.train.supervise import micro_batch, rows_read, split_step, supervised_loss
 from unteach.engine.train.surgery import GoalGradients
@@ -98,6 +99,7 @@ def train(job: Job, world: World) -> Path:
     with (
         stop_requests(world) as stop_asked,
         progress(job.title, optim.steps, unit="steps", done=start) as advance,
+        reporting(config, job.folder, start, world.rank) as report,
     ):
         for step in range(start, optim.steps):
             parts = split_step(draw(streams, config.run.seed, step), method)
@@ -135,7 +137,9 @@ def train(job: Job, world: World) -> Path:
             done, note = step + 1, ""
             if done % config.run.log_every == 0 or done == optim.steps:
                 guard.settle()
-                note = f"loss {log.write(done, sums, lr, norm):.4f}"
+                line = log.write(done, sums, lr, norm)
+                report(line)
+                note = f"loss {line['loss']:.4f}"
             advance(1, note)
             stopping = stop_asked()
             if stopping or checkpoint_due(config, done):

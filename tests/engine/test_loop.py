@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SETTINGS = ("run.device=cpu", "run.threads=1")
+WATCHED = "run.report_to=tensorboard"
 HSDP = "parallel.replicate=2"
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_cpu.jsonl"
 
@@ -193,9 +195,12 @@ def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None
         def reached(goal: int = goal) -> bool:
             return log.exists() and len(log.read_text(encoding="utf-8").splitlines()) >= goal
 
-        assert kill_when(reached, folder, sig=signal.SIGKILL) == -signal.SIGKILL
-    run(folder)
+        assert kill_when(reached, folder, WATCHED, sig=signal.SIGKILL) == -signal.SIGKILL
+    run(folder, WATCHED)
     assert [line["step"] for line in steps(folder)] == list(range(1, 25))
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in shown] == list(range(1, 25))
+    assert [e.value for e in shown] == pytest.approx([line["loss"] for line in steps(folder)])
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
