@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -102,6 +103,32 @@ def check_own(folder: Path, names: Sequence[str]) -> None:
             f"{folder} is to be replaced and holds {foreign[0]}, which unteach did not write: move "
             "it elsewhere, or choose another run.folder."
         )
+
+
+@contextmanager
+def alone_in(folder: Path, stage: str) -> Iterator[None]:
+    """Keep every other process out of a stage of this folder; a kill lets the next one in.
+
+    Raises:
+        InputError: another process is at it, or the folder cannot be written.
+    """
+    path = folder / f".{stage}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a", encoding="ascii")
+    except OSError as error:
+        raise InputError(unwritable(path, error)) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"Another unteach command is at stage {stage} of {folder}: wait until it has "
+                "ended, or choose another run.folder."
+            ) from error
+        except OSError:
+            pass  # a file system without locks: nobody can be kept out
+        yield
 
 
 @contextmanager

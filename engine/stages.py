@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.stress import check_evaluation, stressed
 from unteach.engine.evaluate.suites import evaluate, known, protocol_hash
-from unteach.engine.files import read_json, write_json
+from unteach.engine.files import alone_in, read_json, write_json
 from unteach.engine.model import PreTrainedModel
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
@@ -45,6 +46,7 @@ from unteach.engine.teacher.verify import verify_cache
 from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import check_trainable
+from unteach.engine.train.parallel import World
 from unteach.engine.train.target import target_config, target_streams
 
 _REFUSED_PASSAGE = ("refusal", "passage")
@@ -79,7 +81,7 @@ def target_stage(run: Run) -> None:
         return
     run.remember()
     streams = target_streams(config, run.tokenizer, run.taught_records, run.intentions)
-    train(
+    _train_alone(
         Job(
             title="target",
             config=target_config(config, streams),
@@ -95,6 +97,11 @@ def target_stage(run: Run) -> None:
     if run.world.rank == 0:
         leave_stamp(run.folder, "target", inputs)
     run.world.wait()
+
+
+def _train_alone(job: Job, world: World) -> None:
+    with alone_in(job.folder, "train") if world.rank == 0 else nullcontext():
+        train(job, world)
 
 
 def training_records(run: Run) -> list[Record]:
@@ -171,16 +178,17 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
         say("teach: done before, skipped")
         return TeacherCache.open(folder, expected=fingerprints)
     run.remember()
-    return build_cache(
-        run.config,
-        run.load(run.base, run.config.teacher.dtype),
-        run.tokenizer,
-        records,
-        run.intentions,
-        folder,
-        weights_fingerprint=run.base_fingerprint,
-        rebuild=rebuild,
-    )
+    with alone_in(folder.parent, f"teach.{folder.name}") if run.world.rank == 0 else nullcontext():
+        return build_cache(
+            run.config,
+            run.load(run.base, run.config.teacher.dtype),
+            run.tokenizer,
+            records,
+            run.intentions,
+            folder,
+            weights_fingerprint=run.base_fingerprint,
+            rebuild=rebuild,
+        )
 
 
 def training_cache(run: Run) -> TeacherCache | None:
@@ -211,7 +219,7 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
         say("train: done before, skipped")
         return
     run.remember()
-    train(
+    _train_alone(
         Job(
             title=f"train {config.method.name}",
             config=config,

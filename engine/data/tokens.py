@@ -101,8 +101,11 @@ Turn = tuple[str, str]  # (role, content)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the vocabulary, special tokens and chat template."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    """sha256 over what makes ids of a chat: vocabulary, merges, rules, special tokens, template."""
+    content: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # none in tokenizers without rules
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    content += [rules.get(part) for part in ("normalizer", "pre_tokenizer", "model")]
     text = json.dumps([*content, tokenizer.chat_template], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

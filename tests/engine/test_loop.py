@@ -204,6 +204,22 @@ def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 
 
+def test_a_second_command_in_a_run_folder_is_kept_out(whole: Path, tmp_path: Path) -> None:
+    folder = taught(whole, tmp_path / "run")
+    log = folder / "train.jsonl"
+    first = subprocess.Popen(
+        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    while not log.exists() and first.poll() is None:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it trains on when the second has been told
+    said = run(folder, code=2).stderr
+    assert "Another unteach command is at stage train" in said and "Traceback" not in said
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=120) == 0
+    assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
+
+
 IN_BACKGROUND = "run.background_checkpoints=true"
 
 

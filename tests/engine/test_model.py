@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from tokenizers.normalizers import Lowercase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unteach.engine import wheel as wheel_room
 from unteach.engine.config import ModelConfig
@@ -124,6 +125,17 @@ def test_fingerprints_see_one_changed_weight_and_a_changed_template(tmp_path: Pa
     tokenizer = byte_tokenizer()
     own = tokenizer_fingerprint(tokenizer)
     tokenizer.chat_template = str(tokenizer.chat_template) + " "
+    assert tokenizer_fingerprint(tokenizer) != own
+
+
+def test_a_tokenizer_that_reads_otherwise_has_another_fingerprint(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    own = tokenizer_fingerprint(tokenizer)
+    tokenizer(["one", "another text"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_fingerprint(tokenizer) == own
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == own
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
     assert tokenizer_fingerprint(tokenizer) != own
 
 
