@@ -95,7 +95,8 @@ def test_what_is_made_once_is_shared_and_weights_do_not_pile_up(
     assert (folder / "target" / "model" / "model.safetensors").is_file()
     assert list((folder / "study").rglob("model.safetensors")) == []
     assert (folder / "cache" / "manifest.json").is_file(), "k and alpha read the run's own"
-    assert len(list((folder / "study" / "caches").glob("[!.]*"))) == 1, "other records, another cache"
+    caches = list((folder / "study" / "caches").glob("[!.]*"))
+    assert len(caches) == 1, "other records, another cache"
     assert len(list((folder / "study").rglob("train.jsonl"))) == 4
 
 
