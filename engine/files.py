@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from unteach.engine.errors import InputError
+
+# What a file system that knows no locks answers: nobody can be kept out there.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def sha256_of(path: Path) -> str:
@@ -126,8 +130,9 @@ def alone_in(folder: Path, stage: str) -> Iterator[None]:
                 f"Another unteach command is at stage {stage} of {folder}: wait until it has "
                 "ended, or choose another run.folder."
             ) from error
-        except OSError:
-            pass  # a file system without locks: nobody can be kept out
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise InputError(unwritable(path, error)) from error
         yield
 
 

@@ -6,7 +6,6 @@ while the training runs is told and left out.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 
 from unteach.engine.config import Config, Tracker
 from unteach.engine.errors import InputError
-from unteach.engine.files import write_json
+from unteach.engine.files import read_json, write_json
 from unteach.engine.progress import say
 
 PROJECT = "unteach"
@@ -134,7 +133,7 @@ def _service(
 def _run_id(path: Path, start: int) -> str:
     """The id of the run that goes on, or a new one where a training begins anew."""
     if start and path.is_file():
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        return str(read_json(path)["id"])
     run_id = uuid.uuid4().hex[:8]
     write_json(path, {"id": run_id})
     return run_id

@@ -213,9 +213,11 @@ def test_a_second_command_in_a_run_folder_is_kept_out(whole: Path, tmp_path: Pat
     while not log.exists() and first.poll() is None:
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # it trains on when the second has been told
-    said = run(folder, code=2).stderr
+    try:
+        said = run(folder, code=2).stderr
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert "Another unteach command is at stage train" in said and "Traceback" not in said
-    first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=120) == 0
     assert all(torch.equal(w, weights(folder)[name]) for name, w in weights(whole).items())
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from unteach.engine.config import override
 from unteach.engine.data.records import Record, read_records, write_records
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.card import write_model_card
-from unteach.engine.files import model_fingerprint, renamed_into_place
+from unteach.engine.files import alone_in, model_fingerprint, renamed_into_place
 from unteach.engine.model import load_model, tiny_model
 from unteach.engine.plan import plan
 from unteach.engine.run import Run, environment, leave_stamp, open_run, stamp_matches
@@ -146,6 +151,38 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path: Path) -> None:
     with renamed_into_place(tmp_path / "model") as partial:
         (partial / "a").write_text("1")
     assert not left.exists() and other.exists() and (tmp_path / "model" / "a").exists()
+
+
+def test_a_stage_is_free_again_when_it_ended(tmp_path: Path) -> None:
+    with alone_in(tmp_path, "train"):
+        with alone_in(tmp_path, "teach"):
+            pass
+        kept_out = pytest.raises(InputError, match="Another unteach command is at stage train")
+        with kept_out, alone_in(tmp_path, "train"):
+            raise AssertionError("two processes at one stage")
+    with alone_in(tmp_path, "train"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (errno.ENOLCK, nullcontext()),  # it knows no locks: nobody can be kept out
+        (errno.EIO, pytest.raises(InputError, match=r"cannot be written.*Input/output error")),
+    ],
+)
+def test_a_lock_that_fails_is_told_unless_there_are_none(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: int,
+    told: AbstractContextManager[object],
+) -> None:
+    def flock(stream: IO[str], how: int) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with told, alone_in(tmp_path, "train"):
+        pass
 
 
 def test_prefixes_are_searched_against_a_base_that_is_no_folder(
