@@ -83,7 +83,7 @@ def _line(row: Row, kind: str, scores: Sequence[str]) -> str:
         **{n: [trial["scores"][n]["value"] for trial in row["trials"]] for n in scores},
         "overall": [trial["overall"] for trial in row["trials"]],
     }
-    cells = [_cell(values[name], paper.get(name)) for name in (*scores, "overall")]
+    cells = [cell(values[name], paper.get(name)) for name in (*scores, "overall")]
     apart = row["against_ours"]
     against = "" if apart is None else "{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**apart)
     name, trials = NAMES.get(row["name"], row["name"]), len(row["trials"])
@@ -93,10 +93,11 @@ def _line(row: Row, kind: str, scores: Sequence[str]) -> str:
 
 def _base_cells(base: Row, scores: Sequence[str]) -> list[str]:
     paper = dict(zip(HEADINGS, PAPER["base"], strict=False))
-    return [_cell([base["scores"][name]["value"]], paper.get(name)) for name in scores]
+    return [cell([base["scores"][name]["value"]], paper.get(name)) for name in scores]
 
 
-def _cell(values: Sequence[float], paper: float | None) -> str:
+def cell(values: Sequence[float], paper: float | None = None) -> str:
+    """A mean, ± half of its 95% interval over seeds where there are several (the paper's)."""
     mean, half = seed_interval(values)
     text = f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
     return text if paper is None else f"{text} ({paper:.1f})"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unteach.engine.evaluate.pictures import Line, draw_levels
+from unteach.engine.evaluate.level_pictures import Line, draw_differences, draw_levels
+from unteach.engine.evaluate.paired import Difference
 from unteach.engine.evaluate.ranking import (
     HEADINGS,
     Ranked,
@@ -125,9 +126,28 @@ def write_study(folder: Path, factors: Sequence[Swept]) -> Path:
             f"| [{name}]({entry['file']}.md) | {entry['seeds']} | {default} | "
             f"{overall[default]:+.1f} | {best} | {overall[best]:+.1f} | {entry['difference']} |"
         )
-    lines += [f"\n![{name}]({entry['file']}.png)" for name, entry in known.items()]
+    if apart := differences(known):
+        write_atomic(folder / f"{stem}.png", draw_differences(apart))
+        lines += ["", f"![Overall against the default]({stem}.png)"]
     write_atomic(folder / f"{stem}.md", ("\n".join(lines) + "\n").encode())
     return folder / f"{stem}.md"
+
+
+def differences(study: Mapping[str, Any]) -> dict[str, dict[str, Difference]]:
+    """By factor and level, what Overall is ahead of the default's, where that is known.
+
+    Args:
+        study: the content of study.json.
+    """
+    found = {
+        name: {
+            label: Difference(**level["difference"])
+            for label, level in entry["levels"].items()
+            if level.get("difference")  # an older study.json has none
+        }
+        for name, entry in study.items()
+    }
+    return {name: each for name, each in found.items() if each}
 
 
 def _entry(swept: Swept) -> dict[str, Any]:
@@ -135,6 +155,7 @@ def _entry(swept: Swept) -> dict[str, Any]:
     default = swept.default
     means = {each.label: Ranked(each.label, each.trials).means() for each in swept.levels}
     best = max(swept.levels, key=lambda level: (means[level.label]["overall"], level.default))
+    apart = {level.label: _difference(level, default) for level in swept.levels}
     return {
         "file": swept.stem,
         "default_trial": default.trials[0].inputs,
@@ -146,6 +167,7 @@ def _entry(swept: Swept) -> dict[str, Any]:
             level.label: {
                 "settings": list(level.settings),
                 "overall": means[level.label]["overall"],
+                "difference": None if (gap := apart[level.label]) is None else asdict(gap),
                 "trials": [trial.inputs for trial in level.trials],
             }
             for level in swept.levels
@@ -157,8 +179,13 @@ def _apart(level: Level, default: Level) -> str:
     """Overall less the default's, as a cell of a table."""
     if level.default:
         return "—"
-    difference = difference_between(level.trials, default.trials)
+    difference = _difference(level, default)
     return "not known" if difference is None else str(difference)
+
+
+def _difference(level: Level, default: Level) -> Difference | None:
+    """Overall less the default's; None for the default itself, and where it is not known."""
+    return None if level.default else difference_between(level.trials, default.trials)
 
 
 def _protocol(swept: Swept) -> str:

@@ -1,4 +1,4 @@
-"""The two pictures of a report, as PNG bytes: what was won and kept, and how the loss went.
+"""Pictures of reports and rankings, as PNG bytes: what was won and kept, how the loss went.
 
 Colours are of the Okabe-Ito palette and every line has its own marker or dash as well, so that no
 picture hangs on telling colours apart.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,14 +45,6 @@ ENDS = (-6.0, 112.0)
 MARK, LETTER, LINE = 3.6, 2.0, 4.6
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Means of a score level by level, and half of each one's interval where it has one."""
-
-    means: Sequence[float]
-    halves: Sequence[float | None]
 
 
 def draw_radar(base: Mapping[str, float], model: Mapping[str, float]) -> bytes | None:
@@ -114,7 +105,7 @@ def draw_rows(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
     axes.spines["polar"].set_color("#cccccc")
     figure.legend(loc="outside lower center", ncols=min(4, len(rows)), frameon=False, fontsize=11)
     figure.suptitle("Further out is better", fontsize=12)
-    return _png(figure)
+    return png_of(figure)
 
 
 def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
@@ -147,7 +138,7 @@ def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
     marks = axes_2[0].get_legend_handles_labels()
     figure.legend(*marks, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle("Up and to the right is better", fontsize=12)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _label_points(axes: Any, points: Sequence[Point]) -> None:
@@ -231,69 +222,7 @@ def draw_cosines(forms: Sequence[Mapping[str, Any]]) -> bytes:
                 ink = "white" if abs(value) > 0.6 else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
     figure.colorbar(image, ax=panels[0].tolist(), label="cosine", shrink=0.8)
-    return _png(figure)
-
-
-def draw_levels(
-    title: str, labels: Sequence[str], lines: Mapping[str, Line], default: int
-) -> bytes:
-    """A factor's scores on the left and its Overall on the right, against its levels.
-
-    Levels stand at equal distances; a line joins them only where they are numbers.
-
-    Args:
-        lines: by score, and by `overall`.
-        default: index of the level that is the recipe's own.
-    """
-    joined = all(_is_number(label) for label in labels)
-    figure = Figure(figsize=(11.0, 4.8), dpi=150, layout="constrained")
-    panels: Any = figure.subplots(1, 2, width_ratios=[1.6, 1])
-    scores = [name for name in DIRECTIONS if name in lines]
-    for place, name in enumerate([*scores, "overall"]):
-        axes = panels[int(name == "overall")]
-        colour, dash, marker = ("black", "-", "o")
-        if name != "overall":
-            colour, dash, marker = ROW_STYLES[1 + list(DIRECTIONS).index(name)]
-        arrow = "↑" if DIRECTIONS.get(name, 1) > 0 else "↓"
-        # Points of one level are set apart, or intervals would hide each other.
-        aside = 0.06 * (place - (len(scores) - 1) / 2) if name != "overall" else 0.0
-        pairs = list(zip(lines[name].means, lines[name].halves, strict=True))
-        most = 100.0 if name != "overall" else math.inf
-        below = [min(half or 0.0, mean + most - 100) for mean, half in pairs]
-        above = [min(half or 0.0, most - mean) for mean, half in pairs]
-        axes.errorbar(
-            [index + aside for index in range(len(labels))],
-            lines[name].means,
-            yerr=[below, above] if any(half for _, half in pairs) else None,
-            color=colour,
-            linestyle=dash if joined else "none",
-            marker=marker,
-            capsize=3,
-            label=f"{name} {arrow}",
-            clip_on=False,
-        )
-    panels[0].set_ylim(-3, 103)
-    panels[0].set_ylabel("score")
-    panels[1].set_ylabel("Overall ↑")
-    low, high = panels[1].get_ylim()
-    slack = max(0.0, 20 - (high - low)) / 2  # a few points must not look like a landslide
-    panels[1].set_ylim(low - slack, high + slack)
-    turned = sum(map(len, labels)) > 30
-    for axes in panels:
-        axes.axvspan(default - 0.22, default + 0.22, color="#e8e8e8", zorder=0)
-        axes.set_xticks(
-            range(len(labels)),
-            [f"{label}\n(default)" if i == default else label for i, label in enumerate(labels)],
-            rotation=25 if turned else 0,
-            ha="right" if turned else "center",
-        )
-        axes.set_xlim(-0.5, len(labels) - 0.5)
-        axes.grid(color="#e5e5e5", axis="y")
-        for edge in ("top", "right"):
-            axes.spines[edge].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=10)
-    figure.suptitle(title, fontsize=12)
-    return _png(figure)
+    return png_of(figure)
 
 
 def draw_loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
@@ -330,7 +259,7 @@ def draw_loss(steps: Sequence[Mapping[str, Any]]) -> bytes:
     for axes in (above, below):
         axes.grid(color="#e5e5e5")
     above.spines["right"].set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _outward(name: str, value: float) -> float:
@@ -342,20 +271,13 @@ def _series(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], li
     return [int(row["step"]) for row in rows], [float(row[key]) for row in rows]
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _dot(x: Sequence[int]) -> str | None:
     """A marker where a line of one point would not be seen."""
     return "o" if len(x) == 1 else None
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """The drawn figure as PNG bytes."""
     FigureCanvasAgg(figure)
     stream = io.BytesIO()
     # No version or date inside: the same numbers give the same bytes.

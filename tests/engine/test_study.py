@@ -15,8 +15,9 @@ from tests.engine.killed import killed_after
 from unteach.engine.config import override
 from unteach.engine.data.records import read_records, write_records
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate.levels import Level, Swept, write_factor, write_study
-from unteach.engine.evaluate.ranking import Trial
+from unteach.engine.evaluate.level_pictures import draw_differences
+from unteach.engine.evaluate.levels import Level, Swept, differences, write_factor, write_study
+from unteach.engine.evaluate.ranking import Trial, difference_between
 from unteach.engine.run import Run, configured_intentions, open_run
 from unteach.engine.stages import training_records
 from unteach.engine.study import Factor, planned_levels
@@ -81,9 +82,11 @@ def test_every_factor_has_its_table_and_its_picture(studied: tuple[Path, bytes])
     folder = studied[0] / "study"
     page = (folder / "study.md").read_text(encoding="utf-8")
     for name, default in (("k", "4"), ("alpha", "1"), ("mine", "as it is")):
-        assert f"[{name}]({name}.md)" in page and f"![{name}]({name}.png)" in page
+        assert f"[{name}]({name}.md)" in page
         assert f"| **{default}** (default) |" in (folder / f"{name}.md").read_text("utf-8")
         assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+    assert page.endswith("![Overall against the default](study.png)\n")
+    assert (folder / "study.png").read_bytes().startswith(PNG)
     entry = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     assert entry["mine"]["levels"]["other words"]["trials"] == entry["k"]["levels"]["2"]["trials"]
 
@@ -244,6 +247,15 @@ def test_tables_say_means_intervals_and_differences(tmp_path: Path) -> None:
     study_page = write_study(tmp_path, [swept]).read_text(encoding="utf-8")
     assert "| [gate](gate.md) | 2 | 8 | +75.0 | 8 | +75.0 | — |" in study_page, "kept"
     assert "| [k](k.md) | 2 | 8 | +75.0 | 2 | +85.0 | +10.0 [" in study_page
+    kept = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    gaps = differences(kept)
+    assert gaps == {"k": {"2": difference_between(other.trials, own.trials)}}, "no default"
+    drawn = draw_differences(gaps)
+    assert (tmp_path / "study.png").read_bytes() == drawn
+    moved = {"k": {"2": replace(gaps["k"]["2"], value=11.0)}}
+    assert draw_differences(moved) != drawn
+    del kept["k"]["levels"]["2"]["difference"]
+    assert differences(kept) == {}, "of a study.json that had none"
     confirmed = replace(swept, base=replace(base, split="test"))
     write_factor(tmp_path, confirmed)
     assert write_study(tmp_path, [confirmed]).name == "study-test.md"
