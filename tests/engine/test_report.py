@@ -234,7 +234,7 @@ CROWDED = (
 def test_every_row_of_a_tradeoff_can_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Marks of their own, and labels inside the axes that cover neither each other nor a mark."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(pictures, "_png", drawn.append)
+    monkeypatch.setattr(pictures, "png_of", drawn.append)
     names = ("forget", "general", "neighbor")
     draw_tradeoff({f"row {i}": dict(zip(names, v, strict=True)) for i, v in enumerate(CROWDED)})
     (figure,) = drawn
@@ -257,7 +257,7 @@ def test_every_row_of_a_tradeoff_can_be_told_apart(monkeypatch: pytest.MonkeyPat
 
 def test_rings_of_a_radar_stand_above_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(pictures, "_png", drawn.append)
+    monkeypatch.setattr(pictures, "png_of", drawn.append)
     draw_radar(dict.fromkeys(DIRECTIONS, 50.0), dict.fromkeys(DIRECTIONS, 75.0))
     (axes,) = drawn[0].axes
     highest = max(line.get_zorder() for line in axes.lines)
