@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unteach.engine.data.tokens import common_length
-from unteach.engine.model import PreTrainedModel, backbone, head_bias, head_weight
+from unteach.engine.model import PreTrainedModel, head_bias, head_weight, run_backbone
 from unteach.engine.progress import Advance
 
 Tokens = list[int]
@@ -40,8 +40,8 @@ def share_prefix(model: PreTrainedModel, sequences: Sequence[Tokens]) -> SharedP
     if length == 0:
         return None
     tokens = torch.tensor([sequences[0][:length]], device=model.device)
-    output = backbone(model)(input_ids=tokens, use_cache=True)
-    return SharedPrefix(length, output.past_key_values)
+    _, past = run_backbone(model, input_ids=tokens, use_cache=True)
+    return SharedPrefix(length, past)
 
 
 @torch.no_grad()
@@ -58,8 +58,7 @@ def batch_hidden(
     width = max(len(s) for s in own)
     tokens_BT = torch.tensor([s + [0] * (width - len(s)) for s in own], device=model.device)
     past = prefix.expanded(len(own)) if prefix else None
-    output = backbone(model)(input_ids=tokens_BT, past_key_values=past, use_cache=past is not None)
-    hidden_BTD = output.last_hidden_state
+    hidden_BTD, _ = run_backbone(model, past, input_ids=tokens_BT, use_cache=past is not None)
     return [hidden_BTD[b, : len(s)] for b, s in enumerate(own)]
 
 
@@ -125,20 +124,20 @@ def _greedy_batch(
     mask[:, start:] = (columns[None] >= pads[:, None]).long()
     positions = (start + columns[None] - pads[:, None]).clamp_min(0)
     past = prefix.expanded(len(own)) if prefix else None
-    body, head, bias = backbone(model), head_weight(model), head_bias(model)
+    head, bias = head_weight(model), head_bias(model)
     rows = torch.arange(len(own), device=device)  # the unfinished ones; others leave the batch
     answers = torch.full((len(own), max_new_tokens), end, dtype=torch.int64, device=device)
     for step in range(max_new_tokens):
-        output = body(
+        hidden_BTD, past = run_backbone(
+            model,
+            past,
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=past,
             use_cache=True,
         )
-        past = output.past_key_values
         # Scale and soft cap are monotone: they cannot move the argmax.
-        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], head, bias)
+        logits = torch.nn.functional.linear(hidden_BTD[:, -1], head, bias)
         token = logits[:, :vocab].argmax(-1)
         answers[rows, step] = token
         going = (token != end).nonzero()[:, 0]

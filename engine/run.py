@@ -54,6 +54,7 @@ from unteach.engine.teacher.intentions import Intentions, load_intentions, witho
 from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.parallel import World, check_parallel
 from unteach.engine.train.report_to import check_tracker
+from unteach.engine.train.trunk import FrozenOutputs
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Run:
         cache: where the teacher cache lies; None = in its own folder.
         other_records: whether the records are others than home's, so that what the base knows of
             them is this run's own.
+        frozen: outputs of frozen blocks, kept from one training of this process to the next.
     """
 
     config: Config
@@ -83,6 +85,7 @@ class Run:
     home: Path | None = None
     cache: Path | None = None
     other_records: bool = False
+    frozen: FrozenOutputs | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -229,6 +229,7 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
             cache=cache,
             folder=run.folder,
             fingerprint=inputs,
+            frozen=run.frozen,
         ),
         run.world,
     )

@@ -54,6 +54,7 @@ from unteach.engine.run import (
 from unteach.engine.stages import train_stage, training_cache
 from unteach.engine.train.log import reset_peak
 from unteach.engine.train.methods import check_method, find_method, settle
+from unteach.engine.train.trunk import FrozenOutputs
 
 Split = Literal["tune", "test"]
 Prompted = Literal["base", "oracle", "ensemble"]
@@ -71,6 +72,7 @@ class Trials:
     """
 
     def __init__(self, run: Run, name: str, *, stress: bool = False) -> None:
+        run = replace(run, frozen=FrozenOutputs())
         self.run, self.world, self.name, self.stress = run, run.world, name, stress
         self.folder = run.folder / name
         self.path = self.folder / "rows.jsonl"

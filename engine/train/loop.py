@@ -53,7 +53,7 @@ from unteach.engine.train.report_to import reporting
 from unteach.engine.train.seeds import SeedFile
 from unteach.engine.train.supervise import micro_batch, rows_read, split_step, supervised_loss
 from unteach.engine.train.surgery import GoalGradients
-from unteach.engine.train.trunk import Trunk, frozen_depth
+from unteach.engine.train.trunk import FrozenOutputs, Trunk, frozen_depth
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Job:
         cache: teacher rows; None for methods that read labels alone.
         folder: gets train.jsonl, checkpoints/ and model/.
         fingerprint: what a checkpoint must agree on to be resumed.
+        frozen: outputs of frozen blocks, taken over from an earlier training on the same examples.
     """
 
     title: str
@@ -76,6 +77,7 @@ class Job:
     cache: TeacherCache | None
     folder: Path
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    frozen: FrozenOutputs | None = None
 
 
 def train(job: Job, world: World) -> Path:
@@ -221,7 +223,10 @@ def prepare_contexts(
         return job.streams, None
     streams = share_contexts(job.streams)
     depth = frozen_depth(model) if config.optim.reuse_frozen else 0
-    return streams, Trunk(model, depth, streams) if depth else None
+    if not depth:
+        return streams, None
+    weights = (job.fingerprint.get("model"), config.model)
+    return streams, Trunk(model, depth, streams, job.frozen, weights)
 
 
 def cached_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,21 +32,55 @@ def frozen_depth(model: PreTrainedModel) -> int:
     return trains.index(True) if True in trains else len(layers)
 
 
-class Trunk:
-    """Outputs of the `depth` lowest blocks for every example of a run.
+@dataclass
+class FrozenOutputs:
+    """What the frozen blocks of one training returned, for the next one that asks for the same.
 
-    Shared prompts are kept once: the example's own tokens [T, D], its prompt's [P, D] beside them.
+    Attributes:
+        made_by: the weights, the depth and the examples, in order, that these are of.
+        own: for each example, its own tokens' outputs [T, D].
+        prompts: for each shared prompt, its outputs [P, D].
     """
 
-    def __init__(self, model: PreTrainedModel, depth: int, streams: Sequence[Stream]) -> None:
+    made_by: object = None
+    own: dict[Example, Tensor] = field(default_factory=dict)
+    prompts: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+
+class Trunk:
+    """Outputs of the `depth` lowest blocks for every example of a run; shared prompts once.
+
+    Args:
+        kept: holds the outputs of an earlier training, and those of this one afterwards.
+        weights: names the weights of the frozen blocks among all that `kept` may have met.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        depth: int,
+        streams: Sequence[Stream],
+        kept: FrozenOutputs | None = None,
+        weights: object = None,
+    ) -> None:
         self.model, self.depth = model, depth
-        self.own: dict[Example, Tensor] = {}
-        self.prompts: dict[tuple[int, ...], Tensor] = {}
-        groups: dict[tuple[int, ...], list[Example]] = {}
-        for example in sorted(
+        kept = FrozenOutputs() if kept is None else kept
+        examples = sorted(
             {e for stream in streams for e in stream.examples},
-            key=lambda e: (len(e.context) + len(e.response), e.record_id),
-        ):
+            key=lambda e: (len(e.context) + len(e.response), e.record_id, e.response),
+        )
+        made_by = (weights, depth, examples)
+        if kept.made_by == made_by:
+            self.own, self.prompts = kept.own, kept.prompts
+            return
+        kept.made_by, kept.own, kept.prompts = None, {}, {}
+        self.own, self.prompts = kept.own, kept.prompts
+        self._capture_all(examples)
+        kept.made_by = made_by
+
+    def _capture_all(self, examples: Sequence[Example]) -> None:
+        groups: dict[tuple[int, ...], list[Example]] = {}
+        for example in examples:
             groups.setdefault(example.context[: example.shared], []).append(example)
         total = sum(len(group) for group in groups.values())
         with progress("frozen blocks", total) as advance:
@@ -101,12 +136,18 @@ class Skip(nn.Module):
         self.index = index
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **options: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **options: Any,
     ) -> Tensor:
-        """The input."""
-        if past_key_values is not None:
+        """The input; the KV cache has either name, as transformers calls it."""
+        past = past_key_values if cache is None else cache
+        if past is not None:
             empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(empty, empty, self.index)
+            past.update(empty, empty, self.index)
         return hidden_states
 
 

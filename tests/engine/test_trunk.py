@@ -11,7 +11,7 @@ from unteach.engine.data.sampler import Stream, share_contexts
 from unteach.engine.data.tokens import Example, collate
 from unteach.engine.model import PreTrainedModel, hidden_states, load_model, tiny_model
 from unteach.engine.train.optim import choose_trainable
-from unteach.engine.train.trunk import Trunk, frozen_depth
+from unteach.engine.train.trunk import FrozenOutputs, Trunk, frozen_depth
 
 
 @pytest.fixture
@@ -96,3 +96,34 @@ def test_the_model_is_whole_again_after_a_replay(model: PreTrainedModel) -> None
     with trunk.replaying(collate(streams[0].examples)):
         hidden_states(model, torch.tensor([[1, 2, 3]]))
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("weights", "depth", "response", "taken_over"),
+    [
+        ("taught", 1, (7, 9), True),
+        ("retaught", 1, (7, 9), False),
+        ("taught", 2, (7, 9), False),
+        ("taught", 1, (7, 4), False),
+    ],
+)
+def test_outputs_are_taken_over_by_a_training_of_the_same_weights_and_examples(
+    model: PreTrainedModel, weights: str, depth: int, response: tuple[int, ...], taken_over: bool
+) -> None:
+    def streams(last: tuple[int, ...]) -> tuple[Stream, ...]:
+        responses = [(7, 9), (4,), last]
+        examples = (
+            Example(f"e{i}", "forget", (1, 2, *range(5, 8 + i)), r) for i, r in enumerate(responses)
+        )
+        return share_contexts((Stream(tuple(examples), 3),))
+
+    kept = FrozenOutputs()
+    first = Trunk(model, 1, streams((7, 9)), kept, "taught")
+    with torch.no_grad():  # so that only outputs that were taken over can be those of before
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    second = Trunk(model, depth, streams(response), kept, weights)
+    assert (second.own is first.own) == taken_over
+    last = streams(response)[0].examples[-1]
+    fresh = Trunk(model, depth, streams(response)).own[last]
+    assert torch.equal(second.own[last], fresh) != taken_over
