@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -273,15 +272,14 @@ def run_backbone(model: PreTrainedModel, past: Any = None, **inputs: Any) -> tup
         inputs: input_ids, position_ids, attention_mask, use_cache.
     """
     body = backbone(model)
-    name = _cache_name(type(body))
+    name = _cache_name(body)
     output = body(**{name: past}, **inputs)
     hidden = output.last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden, getattr(output, name)
 
 
-@cache
-def _cache_name(body: type[nn.Module]) -> str:
+def _cache_name(body: nn.Module) -> str:
     """What the KV cache is called: transformers 5.24 renamed it, a model's own code may not have.
 
     An argument of the other name would be swallowed by **kwargs, and the past with it.
