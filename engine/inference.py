@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unteach.engine.backbone_pass import backbone_pass
 from unteach.engine.data.tokens import common_length
-from unteach.engine.model import PreTrainedModel, head_bias, head_weight, run_backbone
+from unteach.engine.model import PreTrainedModel, backbone, head_bias, head_weight
 from unteach.engine.progress import Advance
 
 Tokens = list[int]
@@ -40,7 +41,7 @@ def share_prefix(model: PreTrainedModel, sequences: Sequence[Tokens]) -> SharedP
     if length == 0:
         return None
     tokens = torch.tensor([sequences[0][:length]], device=model.device)
-    _, past = run_backbone(model, input_ids=tokens, use_cache=True)
+    _, past = backbone_pass(backbone(model), input_ids=tokens, use_cache=True)
     return SharedPrefix(length, past)
 
 
@@ -58,7 +59,9 @@ def batch_hidden(
     width = max(len(s) for s in own)
     tokens_BT = torch.tensor([s + [0] * (width - len(s)) for s in own], device=model.device)
     past = prefix.expanded(len(own)) if prefix else None
-    hidden_BTD, _ = run_backbone(model, past, input_ids=tokens_BT, use_cache=past is not None)
+    hidden_BTD, _ = backbone_pass(
+        backbone(model), past, input_ids=tokens_BT, use_cache=past is not None
+    )
     return [hidden_BTD[b, : len(s)] for b, s in enumerate(own)]
 
 
@@ -124,12 +127,12 @@ def _greedy_batch(
     mask[:, start:] = (columns[None] >= pads[:, None]).long()
     positions = (start + columns[None] - pads[:, None]).clamp_min(0)
     past = prefix.expanded(len(own)) if prefix else None
-    head, bias = head_weight(model), head_bias(model)
+    body, head, bias = backbone(model), head_weight(model), head_bias(model)
     rows = torch.arange(len(own), device=device)  # the unfinished ones; others leave the batch
     answers = torch.full((len(own), max_new_tokens), end, dtype=torch.int64, device=device)
     for step in range(max_new_tokens):
-        hidden_BTD, past = run_backbone(
-            model,
+        hidden_BTD, past = backbone_pass(
+            body,
             past,
             input_ids=tokens,
             attention_mask=mask,

@@ -6,7 +6,6 @@ on supervised positions only. No [B, T, V] logits are made on this path.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import tempfile
@@ -36,6 +35,7 @@ from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from unteach.engine.attention import attention_remedy
+from unteach.engine.backbone_pass import backbone_pass
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.errors import InputError
@@ -253,39 +253,15 @@ def hidden_states(
             and values.
         place_BT: places that begin again at 0 with every packed record; not with a prefix.
     """
-    past = None
+    body, past = backbone(model), None
     if prefix_P is not None and len(prefix_P):
-        _, past = run_backbone(model, input_ids=prefix_P[None], use_cache=True)
+        _, past = backbone_pass(body, input_ids=prefix_P[None], use_cache=True)
         past.batch_repeat_interleave(len(tokens_BT))
     assert place_BT is None or past is None
-    hidden_BTD, _ = run_backbone(
-        model, past, input_ids=tokens_BT, position_ids=place_BT, use_cache=past is not None
+    hidden_BTD, _ = backbone_pass(
+        body, past, input_ids=tokens_BT, position_ids=place_BT, use_cache=past is not None
     )
     return hidden_BTD
-
-
-def run_backbone(model: PreTrainedModel, past: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
-    """One pass: [B, T, D] after the final norm, and the KV cache (None without use_cache).
-
-    Args:
-        past: keys and values of the tokens before these; it is written to.
-        inputs: input_ids, position_ids, attention_mask, use_cache.
-    """
-    body = backbone(model)
-    name = _cache_name(body)
-    output = body(**{name: past}, **inputs)
-    hidden = output.last_hidden_state
-    assert isinstance(hidden, Tensor)
-    return hidden, getattr(output, name)
-
-
-def _cache_name(body: nn.Module) -> str:
-    """What the KV cache is called: transformers 5.24 renamed it, a model's own code may not have.
-
-    An argument of the other name would be swallowed by **kwargs, and the past with it.
-    """
-    known = inspect.signature(body.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
 
 
 def export_model(

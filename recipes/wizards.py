@@ -23,6 +23,7 @@ def wizards() -> Config:
             "data": start.data.model_copy(
                 update={
                     "path": data_file("wizards.jsonl"),
+                    "mmlu": data_file("mmlu_200.jsonl"),
                     "form": "qa",
                     "open_questions": data_file("open_questions.jsonl"),
                 }

@@ -12,6 +12,7 @@ from unteach.engine.data.answers import contains_answer
 from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.open_questions import with_open_questions
 from unteach.engine.data.records import GOALS, Record, check_disjoint, normalized, read_records
+from unteach.engine.evaluate.choices import check_mmlu, read_mmlu
 from unteach.engine.evaluate.suites import check_tests
 from unteach.recipes.public_sets import SIZES, public_records
 from unteach.recipes.quickstart import quickstart
@@ -47,6 +48,21 @@ def test_half_of_what_is_asked_was_never_trained(
     trained = {r.meta["fact"] for r in records if r.split == "train" and r.form == "qa"}
     facts = [r.meta["fact"] for r in chosen(records, goal, split)]
     assert sum(fact not in trained for fact in facts) == len(facts) / 2
+
+
+def test_mmlu_has_no_letter_that_a_model_could_win_by() -> None:
+    """50 questions of 200 have each letter, so a model at chance scores 25 whatever it prefers."""
+    assert CONFIG.data.mmlu is not None
+    rows = read_mmlu(Path(CONFIG.data.mmlu))
+    check_mmlu(rows)
+    tests = [row for row in rows if row["split"] == "test"]
+    assert Counter(row["answer"] for row in tests) == dict.fromkeys(range(4), 50)
+    assert len({(row["question"], *row["choices"]) for row in tests}) == 200
+    shots = Counter(row["subject"] for row in rows if row["split"] == "dev")
+    assert shots == dict.fromkeys({row["subject"] for row in tests}, 5)
+    assert not {row["question"] for row in tests} & {
+        row["question"] for row in rows if row["split"] == "dev"
+    }
 
 
 def test_tuning_and_test_facts_are_apart(records: list[Record]) -> None:
