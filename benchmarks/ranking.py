@@ -25,6 +25,7 @@ from unteach.engine.evaluate.ranking import (
     NAMES,
     robustness,
     seed_interval,
+    stress_table,
 )
 
 DOCS = README.parent / "docs"
@@ -73,8 +74,13 @@ def block(ranking: Row) -> str:
 
 def robustness_block(ranking: Row) -> str:
     """Markdown: a line for each stress, a column for the base and each row that has it."""
-    rows = {NAMES.get(r["name"], r["name"]): r["trials"][0]["extra"] for r in ranking["rows"]}
-    return "\n".join(robustness({"Base": ranking["base"]["extra"], **rows}))
+    rows = {
+        NAMES.get(row["name"], row["name"]): [trial["extra"] for trial in row["trials"]]
+        for row in ranking["rows"]
+    }
+    apart = {row["name"]: row.get("stresses_against_ours") or {} for row in ranking["rows"]}
+    lines = robustness({"Base": [ranking["base"]["extra"]], **rows})
+    return "\n".join([*lines, *stress_table({name: each for name, each in apart.items() if each})])
 
 
 def _line(row: Row, kind: str, scores: Sequence[str]) -> str:

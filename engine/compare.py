@@ -37,8 +37,8 @@ def compare(
         names: of `ROWS`, in the order of the tables.
         seeds: trainings of each method at its best rate: run.seed and those after it.
         rates: learning rates to choose from; a single one is taken as it is.
-        stress: also measure what `evaluate` asks for beside the scores, on the base and on each
-            method's first seed.
+        stress: also measure what `evaluate` asks for beside the scores, on the base and on every
+            seed of each method.
     Raises:
         InputError: a row that cannot be trained or scored, before anything runs.
     """

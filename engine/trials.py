@@ -67,8 +67,8 @@ class Trials:
 
     Args:
         name: of the folder inside the run's, and of the command in what is printed.
-        stress: also measure what `evaluate` asks for beside the scores, on the base and on each
-            first seed.
+        stress: also measure what `evaluate` asks for beside the scores, on the base and on every
+            training.
     """
 
     def __init__(self, run: Run, name: str, *, stress: bool = False) -> None:
@@ -114,7 +114,7 @@ class Trials:
         """The recipe with these settings, trained with a seed and scored; its weights stay."""
         cell = self.cell(settings, seed)
         inputs = self._inputs(cell, split)
-        stress = self.stress and split == "test" and seed == self.run.config.run.seed
+        stress = self.stress and split == "test"
         if self._line(inputs, stress) is None:
             self.prompted("base", split)
             fresh = reset_peak(self.world.device)
@@ -249,8 +249,8 @@ class Trials:
             total = overall(scored.scores, known).value
         questions: dict[str, list[float | None]] = {n: [] for n in DIRECTIONS if n in scored.scores}
         for sample in scored.samples:
-            if sample["suite"] in questions:
-                questions[sample["suite"]].append(sample["score"])
+            if sample["suite"] in questions or is_stress(sample["suite"]):
+                questions.setdefault(sample["suite"], []).append(sample["score"])
         return Trial(
             method=name,
             lr=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,28 @@ def against_ours(rows: Mapping[str, Ranked]) -> dict[str, Difference]:
     return {name: apart for name, apart in found.items() if apart is not None}
 
 
+def stresses_against_ours(rows: Mapping[str, Ranked]) -> dict[str, dict[str, Difference]]:
+    """What each row is better by than ours under each stress, question by question."""
+    ours = rows.get("bitopk")
+    found: dict[str, dict[str, Difference]] = {}
+    for row in rows.values():
+        for stress in _stresses(trial.questions for trial in row.trials):
+            if ours is None or row is ours:
+                continue
+            sides = (
+                {t.seed: t.questions for t in r.trials if stress in t.questions}
+                for r in (row, ours)
+            )
+            apart = paired_difference(*sides, signs={stress: heading_of(stress)[1]})
+            if apart is not None:
+                found.setdefault(row.name, {})[stress] = apart
+    return found
+
+
+def _stresses(rows: Iterable[Iterable[str]]) -> list[str]:
+    return sorted({n for names in rows for n in names if is_stress(n)}, key=place_of)
+
+
 def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Difference | None:
     """What the first row's Overall is better by than the second's, question by question.
 
@@ -156,7 +178,7 @@ def write_ranking(
         tuning: None where the rates were given.
     """
     rows = {row.name: row for row in ranked}
-    against = against_ours(rows)
+    against, stressed = against_ours(rows), stresses_against_ours(rows)
     write_json(
         folder / "ranking.json",
         {
@@ -168,6 +190,9 @@ def write_ranking(
                     "name": row.name,
                     "means": row.means(),
                     "against_ours": asdict(against[row.name]) if row.name in against else None,
+                    "stresses_against_ours": {
+                        name: asdict(apart) for name, apart in stressed.get(row.name, {}).items()
+                    },
                     "tried": {f"{lr:g}": [*values] for lr, values in row.tried.items()},
                     "trials": [asdict(trial) for trial in row.trials],
                 }
@@ -178,7 +203,7 @@ def write_ranking(
     pictures = draw_pictures(base, rows)
     for name, data in pictures.items():
         write_atomic(folder / name, data)
-    text = ranking_page(base, rows, against, tuning)
+    text = ranking_page(base, rows, against, stressed, tuning)
     linked = [f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures]
     write_atomic(folder / "ranking.md", (text + "".join(linked)).encode())
     return text
@@ -203,6 +228,7 @@ def ranking_page(
     base: Trial,
     rows: Mapping[str, Ranked],
     against: Mapping[str, Difference],
+    stressed: Mapping[str, Mapping[str, Difference]],
     tuning: Tuning | None,
 ) -> str:
     """Markdown: both tables, robustness where it was measured, the rates, the costs."""
@@ -226,15 +252,19 @@ def ranking_page(
         lines += ["", "## Table 2: the loss alone changed", ""]
         lines += _table(base, names, rows, against, ABLATION)
     if any(map(is_stress, base.extra)):
-        trained = {NAMES.get(n, n): r.trials[0].extra for n, r in rows.items()}
+        trained = {NAMES.get(n, n): [t.extra for t in r.trials] for n, r in rows.items()}
         lines += [
             "",
             "## Robustness",
             "",
-            "The first seed of each row at its rate, with the 95% interval of the questions. Rows "
-            "in context train nothing: who has their weights has the base.",
+            "Each row at its rate: mean ± half of Student's 95% interval over the seeds that were "
+            "measured, or of one seed the 95% interval of its questions. Rows in context train "
+            "nothing: who has their weights has the base.",
             "",
-            *robustness({"Base": base.extra, **trained}),
+            *robustness({"Base": [base.extra], **trained}),
+            *stress_table(
+                {n: {s: asdict(a) for s, a in found.items()} for n, found in stressed.items()}
+            ),
         ]
     chosen = "Learning rates were given, not chosen." if tuning is None else tuning.sentence()
     lines += ["", "## Cost of one training", "", chosen, "", *_costs(rows)]
@@ -264,22 +294,59 @@ def _table(
     return lines
 
 
-def robustness(extras: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def robustness(extras: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> list[str]:
     """A line for each stress that the first of the models has, a column for each model.
 
     Args:
-        extras: what stands beside the scores, by the name of the model, the base first.
+        extras: what stands beside the scores, by the name of the model, one a seed; the base first.
     """
-    stresses = sorted(filter(is_stress, next(iter(extras.values()))), key=place_of)
-    measured = {n: e for n, e in extras.items() if any(stress in e for stress in stresses)}
+    stresses = sorted(filter(is_stress, next(iter(extras.values()))[0]), key=place_of)
+    measured = {
+        name: rows
+        for name, rows in extras.items()
+        if any(s in row for s in stresses for row in rows)
+    }
     lines = [f"| | N | {' | '.join(measured)} |", "| --- | ---: |" + " ---: |" * len(measured)]
     for stress in stresses:
         words, direction = heading_of(stress)
-        scores = [extra.get(stress) for extra in measured.values()]
-        cells = ["{value:.1f} [{low:.1f}–{high:.1f}]".format(**s) if s else "—" for s in scores]
-        count = next(f"{score['n']}" for score in scores if score)
-        lines.append(f"| {words} {ARROWS[direction]} | {count} | {' | '.join(cells)} |")
+        scores = [[row[stress] for row in rows if stress in row] for rows in measured.values()]
+        count = next(f"{found[0]['n']}" for found in scores if found)
+        cells = " | ".join(map(_stress_cell, scores))
+        lines.append(f"| {words} {ARROWS[direction]} | {count} | {cells} |")
     return lines
+
+
+def stress_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """What each row is better by than ours under each stress; empty where nobody kept questions.
+
+    Args:
+        rows: differences with the ends of their intervals, by row and stress.
+    """
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Better than ours by, in points [95% interval by paired draws of questions and seeds]:",
+        "",
+        f"| | {' | '.join(NAMES.get(name, name) for name in rows)} |",
+        "| --- |" + " ---: |" * len(rows),
+    ]
+    for stress in _stresses(rows.values()):
+        apart = [found.get(stress) for found in rows.values()]
+        cells = ["{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**a) if a else "—" for a in apart]
+        lines.append(f"| {heading_of(stress)[0]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _stress_cell(scores: Sequence[Mapping[str, float]]) -> str:
+    if not scores:
+        return "—"
+    mean, half = seed_interval([score["value"] for score in scores])
+    return (
+        f"{mean:.1f} ± {half:.1f}"
+        if half is not None
+        else ("{value:.1f} [{low:.1f}–{high:.1f}]".format(**scores[0]))
+    )
 
 
 def _costs(rows: Mapping[str, Ranked]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from unteach.benchmarks.ranking import PAPER, block, main, robustness_block
-from unteach.engine.evaluate.ranking import HEADINGS
+from unteach.engine.evaluate.ranking import HEADINGS, Ranked, Trial, stresses_against_ours
 from unteach.engine.evaluate.scores import Score, overall
 
 
@@ -61,6 +61,43 @@ def test_stresses_stand_in_a_line_each() -> None:
     assert lines[0] == "| | N | Base | SFT |" and len(lines) == 4, "ours has none"
     assert lines[2].endswith("↓ | 80 | 92.0 [91.0–93.0] | 7.0 [6.0–8.0] |")
     assert lines[3].endswith(" | 80 | 60.0 [59.0–61.0] | — |"), "sft lacks one of them"
+
+
+def test_seeds_and_differences_stand_in_the_table_of_stresses() -> None:
+    """Student's interval over both seeds, and the same for the side of ours that came first."""
+    stressed = copy.deepcopy(RANKING)
+    stressed["base"]["extra"] = {"few_shot_forget": interval(92)}
+    for one, value in zip(stressed["rows"][1]["trials"], (7, 11), strict=True):
+        one["extra"] = {"few_shot_forget": interval(value)}
+    apart = {"few_shot_forget": {"value": -3.0, "low": -8.0, "high": 2.0}}
+    stressed["rows"][1]["stresses_against_ours"] = apart
+    lines = robustness_block(stressed).splitlines()
+    # 12.706 times the standard error of 7 and 11, which is 2.
+    assert lines[2].endswith("| 80 | 92.0 [91.0–93.0] | 9.0 ± 25.4 |")
+    assert lines[-3] == "| | SFT |" and lines[-1].endswith("| -3.0 [-8.0, +2.0] |")
+
+
+def test_a_stress_is_compared_question_by_question() -> None:
+    def row(name: str, *seeds: list[float]) -> Ranked:
+        trials = [
+            Trial(
+                **dict.fromkeys(("inputs", "protocol", "split"), ""),
+                **{"method": name, "lr": 1.0, "seed": seed, "overall": 0.0, "cost": None},
+                **{"scores": {}, "extra": {}},
+                questions={"relearned_5_forget": [*values], "forget": [0.0] * 4},
+            )
+            for seed, values in enumerate(seeds)
+        ]
+        return Ranked(name, tuple(trials))
+
+    ours = row("bitopk", [0, 0, 100, 0], [0, 0, 0, 0])
+    sft = row("sft", [100, 0, 100, 0], [100, 100, 0, 0])
+    found = stresses_against_ours({"bitopk": ours, "sft": sft})
+    assert found.keys() == {"sft"} and found["sft"].keys() == {"relearned_5_forget"}
+    apart = found["sft"]["relearned_5_forget"]
+    assert apart.value == 12.5 - 50, "more of the topic came back: worse"
+    assert apart.low < apart.value < apart.high <= 0
+    assert stresses_against_ours({"sft": sft}) == {}
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name != "base"])
