@@ -42,7 +42,8 @@ def peak_kib(reset):
 
 torch.set_num_threads(1)
 config = Config(model=ModelConfig(path=sys.argv[1]))
-with joined("cpu", 1) as world:
+def watch(world):
+    # what is sharded must be gone before the process group is
     tokenizer = load_tokenizer(sys.argv[1], config.model)
     small, big = (Job("t", config, path, tokenizer, (), None, Path()) for path in sys.argv[3:0:-2])
     prepare_model(small, world)  # imports and process groups are no part of the model
@@ -55,6 +56,9 @@ with joined("cpu", 1) as world:
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         assert torch.equal(whole, wanted[name]), name
     Path(sys.argv[2], f"rank{world.rank}").write_text(str(grown))
+
+with joined("cpu", 1) as world:
+    watch(world)
     world.wait()
 """
 
