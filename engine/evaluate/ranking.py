@@ -140,16 +140,16 @@ def against_ours(rows: Mapping[str, Ranked]) -> dict[str, Difference]:
 def stresses_against_ours(rows: Mapping[str, Ranked]) -> dict[str, dict[str, Difference]]:
     """What each row is better by than ours under each stress, question by question."""
     ours = rows.get("bitopk")
+    if ours is None:
+        return {}
     found: dict[str, dict[str, Difference]] = {}
-    for row in rows.values():
+    for row in (row for row in rows.values() if row is not ours):
         for stress in _stresses(trial.questions for trial in row.trials):
-            if ours is None or row is ours:
-                continue
-            sides = (
-                {t.seed: t.questions for t in r.trials if stress in t.questions}
-                for r in (row, ours)
+            theirs, own = (
+                {t.seed: t.questions for t in each.trials if stress in t.questions}
+                for each in (row, ours)
             )
-            apart = paired_difference(*sides, signs={stress: heading_of(stress)[1]})
+            apart = paired_difference(theirs, own, signs={stress: heading_of(stress)[1]})
             if apart is not None:
                 found.setdefault(row.name, {})[stress] = apart
     return found
@@ -300,12 +300,8 @@ def robustness(extras: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]
     Args:
         extras: what stands beside the scores, by the name of the model, one a seed; the base first.
     """
-    stresses = sorted(filter(is_stress, next(iter(extras.values()))[0]), key=place_of)
-    measured = {
-        name: rows
-        for name, rows in extras.items()
-        if any(s in row for s in stresses for row in rows)
-    }
+    stresses = _stresses(next(iter(extras.values())))
+    measured = {name: rows for name, rows in extras.items() if set(stresses) & {*_stresses(rows)}}
     lines = [f"| | N | {' | '.join(measured)} |", "| --- | ---: |" + " ---: |" * len(measured)]
     for stress in stresses:
         words, direction = heading_of(stress)
@@ -342,11 +338,9 @@ def _stress_cell(scores: Sequence[Mapping[str, float]]) -> str:
     if not scores:
         return "—"
     mean, half = seed_interval([score["value"] for score in scores])
-    return (
-        f"{mean:.1f} ± {half:.1f}"
-        if half is not None
-        else ("{value:.1f} [{low:.1f}–{high:.1f}]".format(**scores[0]))
-    )
+    if half is None:
+        return "{value:.1f} [{low:.1f}–{high:.1f}]".format(**scores[0])
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 def _costs(rows: Mapping[str, Ranked]) -> list[str]:

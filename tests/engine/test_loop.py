@@ -89,7 +89,9 @@ def taught(source: Path, folder: Path) -> Path:
     return folder
 
 
-def assert_same_training(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+def assert_same_training(
+    one: Path, other: Path, tolerance: float = 1e-5, weights_tolerance: float | None = None
+) -> None:
     first, second = steps(one), steps(other)
     assert [line["step"] for line in first] == [line["step"] for line in second]
     for a, b in zip(first, second, strict=True):
@@ -98,7 +100,8 @@ def assert_same_training(one: Path, other: Path, tolerance: float = 1e-5) -> Non
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert (tensor - theirs[name]).norm() <= tolerance * tensor.norm(), name
+        apart = (tensor - theirs[name]).norm()
+        assert apart <= (weights_tolerance or tolerance) * tensor.norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +186,8 @@ def test_accumulation_is_one_batch(whole: Path, tmp_path: Path) -> None:
 def test_whole_walk_on_two_ranks_is_that_on_one(whole: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", ranks=2)
     # Two trainings in a row: the base that the second starts from differs by 7e-6 already, and
-    # AdamW enlarges what is rounded otherwise (by processor, 1.8e-5 to 3.3e-5 of the weights).
-    assert_same_training(whole, tmp_path / "run", tolerance=1e-4)
+    # AdamW enlarges in the weights what is rounded otherwise (3.3e-5 of them on one processor).
+    assert_same_training(whole, tmp_path / "run", tolerance=3e-5, weights_tolerance=6e-5)
 
 
 def test_killed_three_times_is_never_killed(whole: Path, tmp_path: Path) -> None:
