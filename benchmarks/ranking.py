@@ -5,31 +5,41 @@ Llama-3.2-3B-Instruct), where the paper has that row. Model and questions differ
 compared is the order and the signs, not the values.
 
     python -m unteach.benchmarks.ranking runs/wizards --name wizards
+    python -m unteach.benchmarks.ranking runs/wizards runs/more "Ours with a gate=runs/gated" \
+        --name wizards
+
+Several folders are one ranking that was made in parts, or on several machines. A folder behind a
+name holds another variant of ours: its row `bitopk` stands in the table by that name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unteach.benchmarks.figures import README, rewrite
+from unteach.engine.errors import InputError
 from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.ranking import (
     ABLATION,
     GROUPS,
     HEADINGS,
     NAMES,
+    Ranked,
+    Trial,
+    against_ours,
+    draw_pictures,
     robustness,
     seed_interval,
     stress_table,
+    stresses_against_ours,
 )
 
 DOCS = README.parent / "docs"
-PICTURES = ("radar.png", "tradeoff.png")
 # Forget, General, Neighbor, ASR, MMLU, Overall.
 PAPER = {
     "base": (32.1, 84.3, 57.28, 70.5, 60.8, 0.0),
@@ -59,7 +69,7 @@ def block(ranking: Row) -> str:
         f"| | Base | | {' | '.join(_base_cells(base, scores))} | 0.0 | |",
     ]
     kinds = {name: kind for kind, names in GROUPS.items() for name in names}
-    order = [n for names in GROUPS.values() for n in names] + [n for n in ABLATION if n in rows]
+    order = [*(n for names in GROUPS.values() for n in names), *ABLATION, *rows]
     for name in dict.fromkeys(order):
         if name in rows:
             lines.append(_line(rows[name], kinds.get(name, "ablation"), scores))
@@ -118,27 +128,65 @@ def _tuning(tuning: Mapping[str, Any] | None) -> str:
     )
 
 
+def joined(rankings: Sequence[tuple[str, Row]]) -> Row:
+    """One ranking of several of the same protocol and base, each difference taken anew.
+
+    Args:
+        rankings: what `bitopk` is called, and the content of a ranking.json.
+    Raises:
+        InputError: other questions or another base, or a row that two of them have.
+    """
+    first, rows = rankings[0][1], dict[str, Row]()
+    for called, ranking in rankings:
+        if any(ranking["base"][key] != first["base"][key] for key in ("protocol", "scores")):
+            raise InputError("The rankings are of other questions or of another base: join none.")
+        for row in ranking["rows"]:
+            name = called if row["name"] == "bitopk" else row["name"]
+            if name in rows and row["trials"] != rows[name]["trials"]:
+                raise InputError(f"Two rankings have a row {name}: name one by LABEL=FOLDER.")
+            rows[name] = {**row, "name": name}
+    ranked = {name: _ranked(row) for name, row in rows.items()}
+    against, stressed = against_ours(ranked), stresses_against_ours(ranked)
+    for name, row in rows.items():
+        row["against_ours"] = asdict(against[name]) if name in against else None
+        row["stresses_against_ours"] = {n: asdict(a) for n, a in stressed.get(name, {}).items()}
+    tuned = [ranking["tuning"] for _, ranking in rankings if ranking["tuning"]]
+    return {**first, "tuning": tuned[0] if tuned else None, "rows": [*rows.values()]}
+
+
+def _ranked(row: Row) -> Ranked:
+    trials = tuple(Trial(**trial) for trial in row["trials"])
+    return Ranked(row["name"], trials, {float(lr): v for lr, v in row["tried"].items()})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Take a ranking in: rows and pictures into docs/results, the table into docs/results.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder of `unteach compare`")
+    parser.add_argument("runs", nargs="+", help="[LABEL=]run folder of `unteach compare`")
     parser.add_argument("--name", required=True, help="of the benchmark, in names of files")
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(argv)
-    source, folder = options.run / "compare", options.docs / "results"
-    ranking = json.loads((source / "ranking.json").read_text(encoding="utf-8"))
+    folder, rankings, lines = options.docs / "results", [], list[str]()
+    for run in options.runs:
+        label, _, path = run.rpartition("=")
+        source = Path(path) / "compare"
+        text = (source / "ranking.json").read_text(encoding="utf-8")
+        rankings.append((label or "bitopk", json.loads(text)))
+        lines += (source / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    ranking = joined(rankings)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "rows.jsonl", folder / f"{options.name}.jsonl")
-    for picture in PICTURES:
-        if (source / picture).is_file():
-            shutil.copyfile(source / picture, folder / f"{options.name}-{picture}")
+    each_once = "".join(dict.fromkeys(lines))
+    (folder / f"{options.name}.jsonl").write_text(each_once, encoding="utf-8")
+    rows = {row["name"]: _ranked(row) for row in ranking["rows"]}
+    for picture, data in draw_pictures(Trial(**ranking["base"]), rows).items():
+        (folder / f"{options.name}-{picture}").write_bytes(data)
     begin, end = (f"<!-- {mark}ranking:{options.name} -->" for mark in ("", "/"))
     page = options.docs / "results.md"
     rewrite(page, block(ranking), begin, end)
     if any(map(is_stress, ranking["base"]["extra"])):
         begin, end = (f"<!-- {mark}robustness:{options.name} -->" for mark in ("", "/"))
         rewrite(page, robustness_block(ranking), begin, end)
-    print(f"{len(ranking['rows'])} rows in {folder / options.name}.jsonl")
+    print(f"{len(rows)} rows in {folder / options.name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,6 +139,50 @@ def draw_tradeoff(rows: Mapping[str, Mapping[str, float]]) -> bytes | None:
     marks = axes_2[0].get_legend_handles_labels()
     figure.legend(*marks, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle("Up and to the right is better", fontsize=12)
+    return png_of(figure)
+
+
+def draw_relearning(rows: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes | None:
+    """How much of the topic is back by the rows it was taught again, a line a row of the ranking.
+
+    Args:
+        rows: forget in % by the number of rows, 0 as it was trained, a value a seed: their mean is
+            the line, their ends are the bar. A place gives the style, as in `draw_tradeoff`; a row
+            that was not taught again has no line but keeps its place.
+    """
+    if not any(len(points) > 1 for points in rows.values()):
+        return None
+    figure = Figure(figsize=(8.4, 4.6), dpi=150, layout="constrained")
+    axes: Any = figure.add_subplot()
+    for (label, points), (colour, dash, marker) in zip(rows.items(), ROW_STYLES, strict=False):
+        if len(points) < 2:
+            continue
+        counts = sorted(points)
+        means = [fmean(points[count]) for count in counts]
+        below = [mean - min(points[n]) for n, mean in zip(counts, means, strict=True)]
+        above = [max(points[n]) - mean for n, mean in zip(counts, means, strict=True)]
+        axes.errorbar(
+            counts,
+            means,
+            yerr=(below, above),
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            linewidth=2,
+            elinewidth=1,
+            capsize=3,
+            label=label,
+            clip_on=False,
+        )
+    axes.set_xticks(sorted({count for points in rows.values() for count in points}))
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("Rows of the topic that the model was taught again")
+    axes.set_ylabel("Forget, % ↓")
+    axes.grid(color="#e5e5e5")
+    for edge in ("top", "right"):
+        axes.spines[edge].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle("Lower is better: bars reach from the lowest to the highest seed", fontsize=12)
     return png_of(figure)
 
 

@@ -1,8 +1,9 @@
-"""A ranking as people read it: the paper's Tables 1 and 2, what each row cost, two pictures."""
+"""A ranking as people read it: the paper's Tables 1 and 2, what each row cost, its pictures."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from unteach.engine.evaluate.headings import ARROWS, heading_of, is_stress, place_of
 from unteach.engine.evaluate.paired import Difference, paired_difference
-from unteach.engine.evaluate.pictures import draw_rows, draw_tradeoff
+from unteach.engine.evaluate.pictures import draw_relearning, draw_rows, draw_tradeoff
 from unteach.engine.evaluate.scores import DIRECTIONS
 from unteach.engine.evaluate.tuning import Tuning
 from unteach.engine.files import write_atomic, write_json
@@ -172,7 +173,7 @@ def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Diffe
 def write_ranking(
     folder: Path, base: Trial, ranked: Sequence[Ranked], tuning: Tuning | None
 ) -> str:
-    """ranking.md, ranking.json, radar.png and tradeoff.png; returns the tables as text.
+    """ranking.md, ranking.json and the pictures; returns the tables as text.
 
     Args:
         tuning: None where the rates were given.
@@ -210,9 +211,9 @@ def write_ranking(
 
 
 def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
-    """Radar of base, ours and the best beside it; trade-off of every row, in the same order.
+    """Radar of base, ours and the best beside it; trade-off of all rows; relearning of some.
 
-    Both take a row's style from its place.
+    All take a row's style from its place, which is the same in each.
     """
     means = {name: row.means() for name, row in rows.items()}
     table = [n for group in GROUPS.values() for n in group]
@@ -221,7 +222,19 @@ def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
     told_apart = 2 + min(DRAWN, sum(name in table for name in order) - 1)
     pictures = {"radar.png": draw_rows(dict(list(shown.items())[:told_apart]))}
     pictures["tradeoff.png"] = draw_tradeoff(shown)
+    trials = {"Base": (base,), **{NAMES.get(n, n): rows[n].trials for n in order}}
+    pictures["relearning.png"] = draw_relearning({n: _relearned(t) for n, t in trials.items()})
     return {name: data for name, data in pictures.items() if data is not None}
+
+
+def _relearned(trials: Sequence[Trial]) -> dict[int, list[float]]:
+    """Forget by the rows that a model was taught again, a value a seed; 0 rows: as it was."""
+    found: dict[int, list[float]] = {}
+    for trial in trials:
+        for name, score in {**trial.scores, **trial.extra}.items():
+            if match := re.fullmatch(r"(?:relearned_(\d+)_)?forget", name):
+                found.setdefault(int(match[1] or 0), []).append(score["value"])
+    return found
 
 
 def ranking_page(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from unteach.benchmarks.ranking import PAPER, block, main, robustness_block
+from unteach.benchmarks.ranking import PAPER, block, joined, main, robustness_block
+from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import HEADINGS, Ranked, Trial, stresses_against_ours
 from unteach.engine.evaluate.scores import Score, overall
 
@@ -109,18 +111,78 @@ def test_the_papers_figures_add_up(name: str) -> None:
     assert total == pytest.approx(PAPER[name][-1], abs=0.011)
 
 
+def made(name: str, *seeds: tuple[float, ...]) -> dict[str, Any]:
+    """A row of ranking.json: scores in the order of the headings, a tuple a seed, one question."""
+    return {
+        "name": name,
+        "tried": {"0.0001": [3.0]},
+        "against_ours": None,
+        "trials": [whole(name, seed, scores) for seed, scores in enumerate(seeds)],
+    }
+
+
+def whole(name: str, seed: int | None, values: tuple[float, ...]) -> dict[str, Any]:
+    scores = dict(zip(HEADINGS, values, strict=False))
+    row = Trial(
+        **{"method": name, "lr": 1.0, "seed": seed, "split": "test", "inputs": name},
+        **{"protocol": "p", "overall": sum(values), "extra": {}, "cost": None},
+        scores={n: {"value": v, "n": 1} for n, v in scores.items()},
+        questions={n: [v] for n, v in scores.items()},
+    )
+    return asdict(row)
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> str:
+    """A run folder with a finished ranking of these rows."""
+    ranking = {"tuning": None, "base": whole("base", None, (100, 100, 100, 60)), "rows": [*rows]}
+    (folder / "compare").mkdir(parents=True)
+    (folder / "compare" / "ranking.json").write_text(json.dumps(ranking))
+    lines = [
+        json.dumps(t) + "\n" for t in [ranking["base"], *(t for r in rows for t in r["trials"])]
+    ]
+    (folder / "compare" / "rows.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
 def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
-    run, docs = tmp_path / "run" / "compare", tmp_path / "docs"
-    run.mkdir(parents=True)
+    docs = tmp_path / "docs"
     docs.mkdir()
-    (run / "ranking.json").write_text(json.dumps(RANKING))
-    (run / "rows.jsonl").write_text("{}\n")
-    (run / "radar.png").write_bytes(b"png")
     text = "before\n<!-- ranking:w -->\nold\n<!-- /ranking:w -->\nafter\n"
     (docs / "results.md").write_text(text)
-    main([str(run.parent), "--name", "w", "--docs", str(docs)])
+    run = written(tmp_path / "run", made("bitopk", (0, 100, 100, 0)))
+    main([run, "--name", "w", "--docs", str(docs)])
     page = (docs / "results.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert block(RANKING) in page
-    assert (docs / "results" / "w.jsonl").read_text() == "{}\n"
-    assert (docs / "results" / "w-radar.png").is_file()
+    assert "| Ours | 1 | 0.0 | 100.0 | 100.0 | 0.0 |" in page
+    kept = (docs / "results" / "w.jsonl").read_text()
+    assert kept == (tmp_path / "run" / "compare" / "rows.jsonl").read_text()
+    assert (docs / "results" / "w-tradeoff.png").is_file()
+    assert not (docs / "results" / "w-relearning.png").exists(), "nothing was taught again"
+
+
+def test_parts_of_a_ranking_are_one_table(tmp_path: Path) -> None:
+    """Differences are taken against the one row of ours, lines of both folders stand once."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "results.md").write_text("<!-- ranking:w -->\n<!-- /ranking:w -->\n")
+    ours, sft = made("bitopk", (0, 100, 100, 0)), made("sft", (10, 100, 90, 0))
+    gated = made("bitopk", (5, 100, 100, 0))
+    runs = [written(tmp_path / "a", ours), written(tmp_path / "b", sft)]
+    runs.append("Ours with a gate=" + written(tmp_path / "c", gated))
+    main([*runs, "--name", "w", "--docs", str(docs)])
+    page = (docs / "results.md").read_text()
+    assert page.index("| SFT |") < page.index("| Ours |") < page.index("| Ours with a gate |")
+    assert "| -20.0 [-20.0, -20.0] |" in page and "| -5.0 [-5.0, -5.0] |" in page
+    lines = (docs / "results" / "w.jsonl").read_text().splitlines()
+    assert [json.loads(line)["method"] for line in lines] == ["base", "bitopk", "sft", "bitopk"]
+
+
+def test_rankings_that_cannot_be_one_are_refused() -> None:
+    base = whole("base", None, (100, 100, 100, 60))
+    first = {"tuning": None, "base": base, "rows": [made("sft", (10, 100, 90, 0))]}
+    again = {**first, "rows": [made("sft", (20, 100, 90, 0))]}
+    assert len(joined([("bitopk", first), ("bitopk", first)])["rows"]) == 1, "the very same row"
+    with pytest.raises(InputError, match="Two rankings have a row sft"):
+        joined([("bitopk", first), ("bitopk", again)])
+    with pytest.raises(InputError, match="other questions or of another base"):
+        joined([("bitopk", first), ("bitopk", {**again, "base": {**base, "protocol": "q"}})])

@@ -16,7 +16,13 @@ from rich.console import Console
 from unteach.engine.config import Config, dump_config
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate import pictures, ranking
-from unteach.engine.evaluate.pictures import draw_loss, draw_radar, draw_tradeoff
+from unteach.engine.evaluate.pictures import (
+    ROW_STYLES,
+    draw_loss,
+    draw_radar,
+    draw_relearning,
+    draw_tradeoff,
+)
 from unteach.engine.evaluate.ranking import Ranked, Trial, draw_pictures
 from unteach.engine.evaluate.report import (
     Role,
@@ -253,6 +259,22 @@ def test_every_row_of_a_tradeoff_can_be_told_apart(monkeypatch: pytest.MonkeyPat
             assert not any(box.contains(*point) for point in points)
             assert axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
             assert axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
+
+
+def test_what_comes_back_is_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of the seeds; a row that was not taught again keeps its place, which is its style."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "png_of", drawn.append)
+    oracle, ours, sft = {0: [0.0]}, {0: [4.0, 6.0], 20: [20.0, 30.0], 5: [10.0, 20.0]}, {0: [8.0]}
+    assert draw_relearning({"Base": sft, "Oracle": oracle}) is None
+    draw_relearning({"Base": {0: [99.0], 5: [100.0]}, "Oracle": oracle, "Ours": ours})
+    (axes,) = drawn[0].axes
+    lines = {box.get_label(): box.lines[0] for box in axes.containers}
+    assert [*lines] == ["Base", "Ours"]
+    assert lines["Ours"].get_xdata().tolist() == [0, 5, 20]
+    assert lines["Ours"].get_ydata().tolist() == [5.0, 15.0, 25.0]
+    assert lines["Ours"].get_color() == ROW_STYLES[2][0]
+    assert axes.get_ylim() == (0, 100)
 
 
 def test_rings_of_a_radar_stand_above_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
