@@ -1,15 +1,15 @@
-"""From a finished `unteach compare` to docs/results: its rows, its pictures, a table in the text.
+"""From a finished `unteach compare` to docs/results: its rows, its pictures, a table in the texts.
 
-Each cell stands beside the paper's own figure (arXiv 2604.15482, Tables 1 and 2: MUSE-Books,
-Llama-3.2-3B-Instruct), where the paper has that row. Model and questions differ, so what can be
-compared is the order and the signs, not the values.
+In docs/results.md each cell stands beside the paper's own figure (arXiv 2604.15482, Tables 1 and 2:
+MUSE-Books, Llama-3.2-3B-Instruct), where the paper has that row. Model and questions differ, so
+what can be compared is the order and the signs, not the values.
 
     python -m unteach.benchmarks.ranking runs/wizards --name wizards
     python -m unteach.benchmarks.ranking runs/wizards runs/more "Ours with a gate=runs/gated" \
         --name wizards
 
 Several folders are one ranking that was made in parts, or on several machines. A folder behind a
-name holds another variant of ours: its row `bitopk` stands in the table by that name.
+label holds one row, another variant of a method: it stands in the table by that label.
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ PAPER = {
 Row = dict[str, Any]
 
 
-def block(ranking: Row) -> str:
-    """Markdown: the layout of Table 1, every cell `here (paper)`, and what each row is worth."""
+def block(ranking: Row, *, paper: bool = True) -> str:
+    """Markdown: the layout of Table 1, and what each row is worth.
+
+    Args:
+        paper: every cell as `here (paper)`.
+    """
     base, rows = ranking["base"], {row["name"]: row for row in ranking["rows"]}
     scores = [name for name in HEADINGS if name in base["scores"]]
     counts = ", ".join(f"{HEADINGS[n]} {base['scores'][n]['n']}" for n in scores)
@@ -66,18 +70,18 @@ def block(ranking: Row) -> str:
         f"| kind | row | seeds | {' | '.join(HEADINGS[n] for n in scores)} | Overall ↑ "
         "| against ours |",
         "| --- | --- | ---: |" + " ---: |" * (len(scores) + 2),
-        f"| | Base | | {' | '.join(_base_cells(base, scores))} | 0.0 | |",
+        f"| | Base | | {' | '.join(_base_cells(base, scores, paper))} | 0.0 | |",
     ]
     kinds = {name: kind for kind, names in GROUPS.items() for name in names}
     order = [*(n for names in GROUPS.values() for n in names), *ABLATION, *rows]
     for name in dict.fromkeys(order):
         if name in rows:
-            lines.append(_line(rows[name], kinds.get(name, "ablation"), scores))
+            lines.append(_line(rows[name], kinds.get(name, "ablation"), scores, paper))
     lines += [
         "",
-        f"In brackets the paper's figure. N: {counts}. ± is half of Student's 95% interval over "
-        "seeds; `against ours` is the paired difference in Overall with its 95% interval. "
-        + _tuning(ranking["tuning"]),
+        ("In brackets the paper's figure. " if paper else "")
+        + f"N: {counts}. ± is half of Student's 95% interval over seeds; `against ours` is the "
+        "paired difference in Overall with its 95% interval. " + _tuning(ranking["tuning"]),
     ]
     return "\n".join(lines)
 
@@ -93,13 +97,14 @@ def robustness_block(ranking: Row) -> str:
     return "\n".join([*lines, *stress_table({name: each for name, each in apart.items() if each})])
 
 
-def _line(row: Row, kind: str, scores: Sequence[str]) -> str:
-    paper = dict(zip((*HEADINGS, "overall"), PAPER.get(row["name"], ()), strict=False))
+def _line(row: Row, kind: str, scores: Sequence[str], paper: bool) -> str:
+    theirs = PAPER.get(row["name"], ()) if paper else ()
+    beside = dict(zip((*HEADINGS, "overall"), theirs, strict=False))
     values = {
         **{n: [trial["scores"][n]["value"] for trial in row["trials"]] for n in scores},
         "overall": [trial["overall"] for trial in row["trials"]],
     }
-    cells = [cell(values[name], paper.get(name)) for name in (*scores, "overall")]
+    cells = [cell(values[name], beside.get(name)) for name in (*scores, "overall")]
     apart = row["against_ours"]
     against = "" if apart is None else "{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**apart)
     name, trials = NAMES.get(row["name"], row["name"]), len(row["trials"])
@@ -107,9 +112,9 @@ def _line(row: Row, kind: str, scores: Sequence[str]) -> str:
     return f"| {kind} | {name} | {seeds} | {' | '.join(cells)} | {against} |"
 
 
-def _base_cells(base: Row, scores: Sequence[str]) -> list[str]:
-    paper = dict(zip(HEADINGS, PAPER["base"], strict=False))
-    return [cell([base["scores"][name]["value"]], paper.get(name)) for name in scores]
+def _base_cells(base: Row, scores: Sequence[str], paper: bool) -> list[str]:
+    beside = dict(zip(HEADINGS, PAPER["base"] if paper else (), strict=False))
+    return [cell([base["scores"][name]["value"]], beside.get(name)) for name in scores]
 
 
 def cell(values: Sequence[float], paper: float | None = None) -> str:
@@ -132,16 +137,18 @@ def joined(rankings: Sequence[tuple[str, Row]]) -> Row:
     """One ranking of several of the same protocol and base, each difference taken anew.
 
     Args:
-        rankings: what `bitopk` is called, and the content of a ranking.json.
+        rankings: a label for the only row or "", and the content of a ranking.json.
     Raises:
-        InputError: other questions or another base, or a row that two of them have.
+        InputError: other questions or another base, a label for several rows, or a row twice.
     """
     first, rows = rankings[0][1], dict[str, Row]()
-    for called, ranking in rankings:
+    for label, ranking in rankings:
         if any(ranking["base"][key] != first["base"][key] for key in ("protocol", "scores")):
             raise InputError("The rankings are of other questions or of another base: join none.")
+        if label and len(ranking["rows"]) != 1:
+            raise InputError(f"The ranking {label} has several rows: a label names a single one.")
         for row in ranking["rows"]:
-            name = called if row["name"] == "bitopk" else row["name"]
+            name = label or row["name"]
             if name in rows and row["trials"] != rows[name]["trials"]:
                 raise InputError(f"Two rankings have a row {name}: name one by LABEL=FOLDER.")
             rows[name] = {**row, "name": name}
@@ -160,32 +167,42 @@ def _ranked(row: Row) -> Ranked:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Take a ranking in: rows and pictures into docs/results, the table into docs/results.md."""
+    """Take a ranking in: rows and pictures into docs/results, the table into the texts with its
+    markers.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="[LABEL=]run folder of `unteach compare`")
     parser.add_argument("--name", required=True, help="of the benchmark, in names of files")
     parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(argv)
     folder, rankings, lines = options.docs / "results", [], list[str]()
     for run in options.runs:
         label, _, path = run.rpartition("=")
         source = Path(path) / "compare"
+        if not (source / "ranking.json").is_file():
+            parser.error(f"{path} holds no finished ranking: run `unteach compare` there first.")
         text = (source / "ranking.json").read_text(encoding="utf-8")
-        rankings.append((label or "bitopk", json.loads(text)))
+        rankings.append((label, json.loads(text)))
         lines += (source / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    ranking = joined(rankings)
+    try:
+        ranking = joined(rankings)
+    except InputError as error:
+        parser.error(str(error))
     folder.mkdir(parents=True, exist_ok=True)
     each_once = "".join(dict.fromkeys(lines))
     (folder / f"{options.name}.jsonl").write_text(each_once, encoding="utf-8")
     rows = {row["name"]: _ranked(row) for row in ranking["rows"]}
     for picture, data in draw_pictures(Trial(**ranking["base"]), rows).items():
         (folder / f"{options.name}-{picture}").write_bytes(data)
-    begin, end = (f"<!-- {mark}ranking:{options.name} -->" for mark in ("", "/"))
-    page = options.docs / "results.md"
-    rewrite(page, block(ranking), begin, end)
+    blocks = {"ranking": (block(ranking), block(ranking, paper=False))}
     if any(map(is_stress, ranking["base"]["extra"])):
-        begin, end = (f"<!-- {mark}robustness:{options.name} -->" for mark in ("", "/"))
-        rewrite(page, robustness_block(ranking), begin, end)
+        blocks["robustness"] = (robustness_block(ranking),) * 2
+    for kind, (in_docs, in_readme) in blocks.items():
+        begin, end = (f"<!-- {mark}{kind}:{options.name} -->" for mark in ("", "/"))
+        rewrite(options.docs / "results.md", in_docs, begin, end)
+        if begin in options.readme.read_text(encoding="utf-8"):
+            rewrite(options.readme, in_readme, begin, end)
     print(f"{len(rows)} rows in {folder / options.name}.jsonl")
 
 

@@ -24,6 +24,7 @@ def quickstart() -> Config:
         data=DataConfig(
             path=data_file("quickstart.jsonl"),
             mmlu=data_file("mmlu.jsonl"),
+            open_questions=data_file("quickstart_open_questions.jsonl"),
             known_only=True,
             mix={"forget": 3, "attack": 2, "neighbor": 4, "general": 3},
         ),
@@ -33,7 +34,7 @@ def quickstart() -> Config:
         teacher=TeacherConfig(
             intentions=data_file("quickstart_intentions.yaml"), max_new_tokens=12
         ),
-        method=MethodConfig(k=8, alpha=1.0, center=True, gate=0.2, reduction="record"),
+        method=MethodConfig(k=8, alpha=1.0, center=True, reduction="record"),
         optim=OptimConfig(
             lr=3e-4,
             steps=60,

@@ -149,8 +149,16 @@ def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
     docs.mkdir()
     text = "before\n<!-- ranking:w -->\nold\n<!-- /ranking:w -->\nafter\n"
     (docs / "results.md").write_text(text)
+    readme = tmp_path / "README.md"
+    readme.write_text(text.replace(":w", ":quickstart"))
+    where = ["--docs", str(docs), "--readme", str(readme)]
     run = written(tmp_path / "run", made("bitopk", (0, 100, 100, 0)))
-    main([run, "--name", "w", "--docs", str(docs)])
+    main([run, "--name", "w", *where])
+    assert "old" in readme.read_text(), "no block of this name"
+    readme.write_text(text)
+    main([run, "--name", "w", *where])
+    table = readme.read_text()
+    assert "| | Base | | 100.0 | 100.0 | 100.0 | 60.0 | 0.0 | |" in table and "paper" not in table
     page = (docs / "results.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert "| Ours | 1 | 0.0 | 100.0 | 100.0 | 0.0 |" in page
@@ -181,8 +189,11 @@ def test_rankings_that_cannot_be_one_are_refused() -> None:
     base = whole("base", None, (100, 100, 100, 60))
     first = {"tuning": None, "base": base, "rows": [made("sft", (10, 100, 90, 0))]}
     again = {**first, "rows": [made("sft", (20, 100, 90, 0))]}
-    assert len(joined([("bitopk", first), ("bitopk", first)])["rows"]) == 1, "the very same row"
+    two = {**first, "rows": [*first["rows"], made("bitopk", (0, 100, 100, 0))]}
+    assert len(joined([("", first), ("", first)])["rows"]) == 1, "the very same row"
     with pytest.raises(InputError, match="Two rankings have a row sft"):
-        joined([("bitopk", first), ("bitopk", again)])
+        joined([("", first), ("", again)])
+    with pytest.raises(InputError, match="ranking tuned has several rows"):
+        joined([("", first), ("tuned", two)])
     with pytest.raises(InputError, match="other questions or of another base"):
-        joined([("bitopk", first), ("bitopk", {**again, "base": {**base, "protocol": "q"}})])
+        joined([("", first), ("", {**again, "base": {**base, "protocol": "q"}})])

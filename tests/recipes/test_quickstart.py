@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from unteach.engine.config import Config
+from unteach.engine.data.assemble import near_duplicates
+from unteach.engine.data.open_questions import with_open_questions
 from unteach.engine.data.records import GOALS, Record, check_disjoint, normalized, read_records
 from unteach.engine.evaluate.suites import check_tests
 from unteach.engine.teacher.intentions import Intention, load_intentions
@@ -50,6 +53,18 @@ def test_anchors_contrast_each_objective(records: list[Record]) -> None:
     assert {r.goal for r in anchors} == {"general", "neighbor"}
     assert all(by_id[r.anchor_of or ""].goal in ("forget", "attack") for r in anchors)
     assert sum(bool(r.prefix) for r in anchors) >= 10
+
+
+def test_open_questions_are_like_none_that_is_scored(records: list[Record]) -> None:
+    unseen = wizards().evaluate.open_questions
+    assert CONFIG.data.open_questions is not None and unseen is not None
+    together, ids = with_open_questions(records, Path(CONFIG.data.open_questions))
+    assert Counter(r.goal for r in together if r.id in ids) == {
+        "forget": 48,
+        "neighbor": 60,
+        "general": 60,
+    }
+    assert not near_duplicates([*together, *read_records(Path(unseen))])
 
 
 @pytest.mark.parametrize("config", [quickstart(), wizards()], ids=["quickstart", "wizards"])
