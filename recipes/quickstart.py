@@ -37,7 +37,7 @@ def quickstart() -> Config:
         method=MethodConfig(k=8, alpha=1.0, center=True, reduction="record"),
         optim=OptimConfig(
             lr=3e-4,
-            steps=60,
+            steps=120,
             warmup_steps=5,
             schedule="linear",
             betas=(0.9, 0.95),

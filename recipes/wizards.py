@@ -4,7 +4,7 @@ In the way of MUSE and TOFU, small enough for a CPU: 150 questions a goal to tra
 by, 100 held out (half of them facts that no training question touches), 20 attack prefixes that
 only the test has, and passages that carry the same facts. Beside them 472 open questions, to which
 the student is held to say what the base says: without them it refuses a fifth of what people search
-for. Twice the quickstart's steps: at 60 a held-out neighbor in twenty was still refused.
+for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def wizards() -> Config:
             ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
-            "optim": start.optim.model_copy(update={"steps": 120}),
             "evaluate": start.evaluate.model_copy(
                 update={"open_questions": data_file("unseen_questions.jsonl")}
             ),
