@@ -277,6 +277,25 @@ def test_what_comes_back_is_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     assert axes.get_ylim() == (0, 100)
 
 
+def test_what_comes_back_is_read_off_the_trials_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each seed's value at each number of rows; facts that were held out are another score."""
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(ranking, "draw_relearning", shown.append)
+
+    def trial(seed: int, forget: float, again: float) -> Trial:
+        extra = {"relearned_20_forget": again, "relearned_20_forget_held_out": 99.0, "unended": 1.0}
+        return Trial(
+            *("bitopk", 1e-4, seed, "test", "i", "p", 0.0),
+            {"forget": {"value": forget}, "general": {"value": 90.0}},
+            {name: {"value": value} for name, value in extra.items()},
+            None,
+        )
+
+    rows = {"bitopk": Ranked("bitopk", (trial(0, 4.0, 30.0), trial(1, 6.0, 20.0)))}
+    draw_pictures(Trial("base", None, None, "test", "i", "p", 0.0, {}, {}, None), rows)
+    assert shown == [{"Base": {}, "Ours": {0: [4.0, 6.0], 20: [30.0, 20.0]}}]
+
+
 def test_rings_of_a_radar_stand_above_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(pictures, "png_of", drawn.append)
