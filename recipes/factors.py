@@ -36,7 +36,7 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
         },
         "positions": {n: (f"method.positions={n}",) for n in ("response", "first")},
         "response": _responses(),
-        "weights": _weights(),
+        "weights": _weights(config),
         "mix": _mixes(config),
         "lr": _numbers("optim.lr", (3e-5, 1e-4, 3e-4), optim.lr),
         "steps": _numbers("optim.steps", (15, 30, 60, 120), optim.steps),
@@ -154,10 +154,13 @@ def _responses() -> Levels:
     }
 
 
-def _weights() -> Levels:
-    """The goals of the loss weighed alike, then each of them twice as much as the others."""
+def _weights(config: Config) -> Levels:
+    """The goals of the loss weighed alike, each twice as much as the others, the recipe's own."""
     alike: dict[str, float] = {str(goal): 1.0 for goal in GOALS}
     levels = {"alike": alike, **{f"{goal} 2": {**alike, goal: 2.0} for goal in GOALS}}
+    own = {str(goal): weight for goal, weight in config.method.weights.items()}
+    if own not in levels.values():
+        levels[" ".join(f"{g} {w:g}" for g, w in own.items() if w != 1)] = own
     return {label: (f"method.weights={json.dumps(each)}",) for label, each in levels.items()}
 
 
