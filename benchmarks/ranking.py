@@ -33,11 +33,10 @@ from unteach.engine.evaluate.ranking import (
     Trial,
     against_ours,
     draw_pictures,
-    robustness,
-    seed_interval,
-    stress_table,
     stresses_against_ours,
 )
+from unteach.engine.evaluate.scores import seed_interval
+from unteach.engine.evaluate.stress_tables import robustness, stress_table
 
 DOCS = README.parent / "docs"
 # Forget, General, Neighbor, ASR, MMLU, Overall.
@@ -92,7 +91,10 @@ def robustness_block(ranking: Row) -> str:
         NAMES.get(row["name"], row["name"]): [trial["extra"] for trial in row["trials"]]
         for row in ranking["rows"]
     }
-    apart = {row["name"]: row.get("stresses_against_ours") or {} for row in ranking["rows"]}
+    apart = {
+        NAMES.get(row["name"], row["name"]): row.get("stresses_against_ours") or {}
+        for row in ranking["rows"]
+    }
     lines = robustness({"Base": [ranking["base"]["extra"]], **rows})
     return "\n".join([*lines, *stress_table({name: each for name, each in apart.items() if each})])
 

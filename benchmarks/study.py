@@ -15,8 +15,11 @@ from typing import Any
 
 from unteach.benchmarks.figures import rewrite
 from unteach.benchmarks.ranking import DOCS, cell
+from unteach.engine.evaluate.headings import ARROWS, heading_of
 from unteach.engine.evaluate.levels import differences
+from unteach.engine.evaluate.paired import Difference
 from unteach.engine.evaluate.ranking import HEADINGS
+from unteach.engine.evaluate.stress_tables import stress_differences, stresses_of
 
 Row = dict[str, Any]
 
@@ -50,7 +53,46 @@ def block(study: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
         f"Split `{trials[0]['split']}`; N: {counts}. Differences: 95% interval by 10,000 paired "
         "draws of questions and seeds.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *stress_block(study, rows)])
+
+
+def stress_block(study: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
+    """Markdown: a line a level, a column a stress, with what it is better by than the default.
+
+    Empty where the default was put under none.
+    """
+    first = next(iter(study.values()))
+    own = [rows[i] for i in first["levels"][first["default"]]["trials"]]
+    stresses = [n for n in stresses_of(r.get("extra", {}) for r in own) if "held_out" not in n]
+    if not stresses:
+        return []
+    heads = [f"{words} {ARROWS[sign]}" for words, sign in map(heading_of, stresses)]
+    lines = ["", f"| factor | level | {' | '.join(heads)} |"]
+    lines.append("| --- | --- |" + " ---: |" * len(heads))
+    levels = {("", "the recipe as it is"): own}
+    for name, entry in study.items():
+        for label, level in entry["levels"].items():
+            if label != entry["default"]:
+                levels[name, label] = [rows[i] for i in level["trials"]]
+    for (name, label), trials in levels.items():
+        apart = {} if trials is own else _apart(trials, own)
+        cells = []
+        for stress in stresses:
+            found = [
+                trial["extra"][stress]["value"] for trial in trials if stress in trial["extra"]
+            ]
+            gap = f" ({apart[stress]})" if stress in apart else ""
+            cells.append(cell(found) + gap if found else "—")
+        lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
+    counts = ", ".join(
+        f"{h} {own[0]['extra'][n]['n']}" for h, n in zip(heads, stresses, strict=True)
+    )
+    return [*lines, "", f"N: {counts}. In brackets, better than the recipe by, in points."]
+
+
+def _apart(trials: Sequence[Row], own: Sequence[Row]) -> dict[str, Difference]:
+    first, second = ({t["seed"]: t["questions"] for t in side} for side in (trials, own))
+    return stress_differences(first, second)
 
 
 def _line(

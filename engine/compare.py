@@ -14,7 +14,6 @@ from statistics import fmean
 
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import Ranked, Trial, write_ranking
-from unteach.engine.evaluate.stress import any_stress, check_stresses
 from unteach.engine.evaluate.told import Told
 from unteach.engine.progress import say
 from unteach.engine.run import Run
@@ -43,8 +42,6 @@ def compare(
         InputError: a row that cannot be trained or scored, before anything runs.
     """
     check_rows(run, names)
-    if stress:
-        check_stressed(run)
     table = Comparison(run, stress)
     table.check_split("test")
     target_stage(run)
@@ -114,16 +111,6 @@ def check_rows(run: Run, names: Sequence[str]) -> None:
             check_method(run.asked.model_copy(update={"method": method}), run.taught_records)
 
 
-def check_stressed(run: Run) -> None:
-    """Refuse `--stress` where nothing is asked for, or where it cannot be measured."""
-    if not any_stress(run.config):
-        raise InputError(
-            "--stress measures what the evaluate section asks for, which is nothing: --set "
-            "evaluate.few_shot=4, evaluate.quantized=[8,4] or evaluate.relearn_steps=10."
-        )
-    check_stresses(run.config, run.records)
-
-
 class Sweep:
     """The rate that a method did best with, and Overall at each rate, a value a seed."""
 
@@ -146,7 +133,7 @@ class Comparison(Trials):
     """One ranking in a run folder: the trials of its rows, and how their rates are found."""
 
     def __init__(self, run: Run, stress: bool = False) -> None:
-        super().__init__(run, "compare", stress=stress)
+        super().__init__(run, "compare", stress="test" if stress else None)
 
     def row(self, name: str, lr: float, seed: int, split: Split) -> Trial:
         """A method trained at a rate with a seed and scored; its weights stay."""

@@ -28,16 +28,19 @@ class Factor:
     levels: Mapping[str, tuple[str, ...]]
 
 
-def study(run: Run, factors: Sequence[Factor], seeds: int, split: Split) -> None:
+def study(
+    run: Run, factors: Sequence[Factor], seeds: int, split: Split, *, stress: bool = False
+) -> None:
     """Score every level that is not scored yet, then write tables and pictures.
 
     Args:
         seeds: trainings of each level: run.seed and those after it.
         split: whose questions they are scored on; `tune` to choose, `test` to confirm.
+        stress: also measure what `evaluate` asks for beside the scores, on the base and each level.
     Raises:
         InputError: a level that cannot be trained or scored, before anything runs.
     """
-    trials = Trials(run, "study")
+    trials = Trials(run, "study", stress=split if stress else None)
     trials.check_split(split)
     planned = [(factor.name, *planned_levels(trials, factor)) for factor in factors]
     distinct = {digest for *_, digests in planned for digest in digests}

@@ -31,7 +31,7 @@ from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.ranking import Cost, Trial
 from unteach.engine.evaluate.report import read_steps
 from unteach.engine.evaluate.scores import DIRECTIONS, Score, overall
-from unteach.engine.evaluate.stress import stressed
+from unteach.engine.evaluate.stress import any_stress, check_stresses, stressed
 from unteach.engine.evaluate.suites import (
     Evaluation,
     check_questions,
@@ -67,11 +67,11 @@ class Trials:
 
     Args:
         name: of the folder inside the run's, and of the command in what is printed.
-        stress: also measure what `evaluate` asks for beside the scores, on the base and on every
-            training.
+        stress: the questions beside whose scores stands what `evaluate` asks for, on the base and
+            on every training; None for neither.
     """
 
-    def __init__(self, run: Run, name: str, *, stress: bool = False) -> None:
+    def __init__(self, run: Run, name: str, *, stress: Split | None = None) -> None:
         run = replace(run, frozen=FrozenOutputs())
         self.run, self.world, self.name, self.stress = run, run.world, name, stress
         self.folder = run.folder / name
@@ -92,17 +92,36 @@ class Trials:
         self.world.wait()
 
     def check_split(self, split: Split) -> None:
-        """Refuse questions that cannot be scored, before the first training begins."""
+        """Refuse questions and stresses that cannot be scored, before the first training begins."""
         config, records, mmlu = self.tests[split]
         check_questions(config.evaluate, records, mmlu)
         self._protocol(split)  # reads every file that the scores hang on
+        if self.stress != split:
+            return
+        if not any_stress(config):
+            raise InputError(
+                "--stress measures what the evaluate section asks for, which is nothing: --set "
+                "evaluate.few_shot=4, evaluate.quantized=[8,4] or evaluate.relearn_steps=10."
+            )
+        if split == "tune" and self.tuning.split == "train":
+            raise InputError(
+                "--stress asks what was never trained on, and no record is of split `tune`: give "
+                "--split test."
+            )
+        check_stresses(config, self.stressed_records(split))
+
+    def stressed_records(self, split: Split) -> list[Record]:
+        """What stresses train on and what they ask, which are the questions of the split."""
+        records = self.tests[split][1]
+        trained = [r for r in self.run.records if r.split == "train"] if split == "tune" else []
+        return [*trained, *records]
 
     def prompted(self, name: Prompted, split: Split) -> Trial:
         """The model as it is (`base`), or behind intentions: scored without training."""
         told = NOTHING if name == "base" else Told(name, self.run.intentions)
         prompts = told.intentions.model_dump(mode="json") if told.intentions else None
         inputs = digest([self.run.base_fingerprint, self._protocol(split), told.routing, prompts])
-        stress = self.stress and split == "test" and name == "base"
+        stress = self.stress == split and name == "base"
         if self._line(inputs, stress) is None:
             title = f"{name}, {split}"
             scored = self._scored(self.run.base, title, split, told, stress)
@@ -114,7 +133,7 @@ class Trials:
         """The recipe with these settings, trained with a seed and scored; its weights stay."""
         cell = self.cell(settings, seed)
         inputs = self._inputs(cell, split)
-        stress = self.stress and split == "test"
+        stress = self.stress == split
         if self._line(inputs, stress) is None:
             self.prompted("base", split)
             fresh = reset_peak(self.world.device)
@@ -238,7 +257,9 @@ class Trials:
                 f"{config.evaluate.judge_url} judged no attack of {title}: see that the judge "
                 "answers, then give the same command again."
             )
-        return stressed(config, load, words, records, found) if stress else found
+        return (
+            stressed(config, load, words, self.stressed_records(split), found) if stress else found
+        )
 
     def _row(self, name: str, split: Split, inputs: str, scored: Evaluation) -> Trial:
         """The line of what was scored; nothing is known of a training yet."""

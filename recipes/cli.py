@@ -29,6 +29,15 @@ class Questions(StrEnum):
     test = "test"
 
 
+Stress = Annotated[
+    bool,
+    typer.Option(
+        "--stress",
+        help="also measure the relearning, rounding, few-shot, … that `evaluate` asks for",
+    ),
+]
+
+
 @app.command()
 def recipes() -> None:
     """List what can be run, one line each.
@@ -200,13 +209,7 @@ def compare(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="optimiser steps of each training")
     ] = None,
-    stress: Annotated[
-        bool,
-        typer.Option(
-            "--stress",
-            help="also measure the relearning, rounding, few-shot, … that `evaluate` asks for",
-        ),
-    ] = False,
+    stress: Stress = False,
     debug: Debug = False,
 ) -> None:
     """Train and score every method on the same data and budget; goes on where it was stopped.
@@ -248,6 +251,7 @@ def study(
         Questions,
         typer.Option("--split", help="`tune` to choose settings, `test` to confirm what moved"),
     ] = Questions.tune,
+    stress: Stress = False,
     debug: Debug = False,
 ) -> None:
     """Vary one factor at a time around a recipe; goes on where it was stopped.
@@ -264,9 +268,8 @@ def study(
             for name, known in table.items():
                 typer.echo(f"{name}: {' / '.join(known)}")
             return
-        study_factors(
-            work, chosen_factors(names, work.asked, table, levels or []), seeds, split.value
-        )
+        chosen = chosen_factors(names, work.asked, table, levels or [])
+        study_factors(work, chosen, seeds, split.value, stress=stress)
 
 
 @app.command()

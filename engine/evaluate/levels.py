@@ -15,7 +15,13 @@ from unteach.engine.evaluate.ranking import (
     Ranked,
     Trial,
     difference_between,
-    seed_interval,
+)
+from unteach.engine.evaluate.scores import seed_interval
+from unteach.engine.evaluate.stress_tables import (
+    robustness,
+    stress_differences,
+    stress_table,
+    stresses_of,
 )
 from unteach.engine.files import write_atomic, write_json
 
@@ -97,7 +103,31 @@ def factor_page(swept: Swept) -> str:
         label = f"**{level.label}** (default)" if level.default else level.label
         settings = ", ".join(f"`{setting}`" for setting in level.settings) or "—"
         lines.append(f"| {label} | {' | '.join(cells)} | {settings} |")
+    if stresses_of([swept.base.extra]):
+        extras = {level.label: [trial.extra for trial in level.trials] for level in swept.levels}
+        lines += [
+            "",
+            "## Beyond these questions",
+            "",
+            *robustness({"Base": [swept.base.extra], **extras}),
+        ]
+        lines += stress_table(_stressed_apart(swept), than=f"{swept.default.label}, the default,")
     return "\n".join(lines) + "\n"
+
+
+def _stressed_apart(swept: Swept) -> dict[str, dict[str, dict[str, float]]]:
+    """What each level is better by than the default under each stress, where that is known."""
+    default = Ranked(swept.default.label, swept.default.trials).questions()
+    found = {
+        level.label: stress_differences(Ranked(level.label, level.trials).questions(), default)
+        for level in swept.levels
+        if not level.default
+    }
+    return {
+        label: {stress: asdict(gap) for stress, gap in apart.items()}
+        for label, apart in found.items()
+        if apart
+    }
 
 
 def write_study(folder: Path, factors: Sequence[Swept]) -> Path:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unteach.engine.evaluate.headings import ARROWS, heading_of, is_stress, place_of
-from unteach.engine.evaluate.paired import Difference, paired_difference
+from unteach.engine.evaluate.headings import is_stress
+from unteach.engine.evaluate.paired import Difference, Questions, paired_difference
 from unteach.engine.evaluate.pictures import draw_relearning, draw_rows, draw_tradeoff
-from unteach.engine.evaluate.scores import DIRECTIONS
+from unteach.engine.evaluate.scores import DIRECTIONS, seed_interval
+from unteach.engine.evaluate.stress_tables import robustness, stress_differences, stress_table
 from unteach.engine.evaluate.tuning import Tuning
 from unteach.engine.files import write_atomic, write_json
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HEADINGS = {
     "forget": "Forget ↓",
     "general": "General ↑",
@@ -114,20 +112,14 @@ class Ranked:
         rows = [trial.values() for trial in self.trials]
         return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
+    def questions(self) -> dict[int | None, Questions]:
+        """What each question scored, by seed."""
+        return {trial.seed: trial.questions for trial in self.trials}
+
     def cell(self, name: str) -> str:
         """Mean ± interval over the seeds."""
         mean, half = seed_interval([trial.values()[name] for trial in self.trials])
         return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
-
-
-def seed_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of Student's 95% interval of it; None for a single value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    freedom = len(values) - 1
-    quantile = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.7 / freedom
-    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def against_ours(rows: Mapping[str, Ranked]) -> dict[str, Difference]:
@@ -143,21 +135,12 @@ def stresses_against_ours(rows: Mapping[str, Ranked]) -> dict[str, dict[str, Dif
     ours = rows.get("bitopk")
     if ours is None:
         return {}
-    found: dict[str, dict[str, Difference]] = {}
-    for row in (row for row in rows.values() if row is not ours):
-        for stress in _stresses(trial.questions for trial in row.trials):
-            theirs, own = (
-                {t.seed: t.questions for t in each.trials if stress in t.questions}
-                for each in (row, ours)
-            )
-            apart = paired_difference(theirs, own, signs={stress: heading_of(stress)[1]})
-            if apart is not None:
-                found.setdefault(row.name, {})[stress] = apart
-    return found
-
-
-def _stresses(rows: Iterable[Iterable[str]]) -> list[str]:
-    return sorted({n for names in rows for n in names if is_stress(n)}, key=place_of)
+    found = {
+        row.name: stress_differences(row.questions(), ours.questions())
+        for row in rows.values()
+        if row is not ours
+    }
+    return {name: apart for name, apart in found.items() if apart}
 
 
 def difference_between(first: Sequence[Trial], second: Sequence[Trial]) -> Difference | None:
@@ -276,7 +259,10 @@ def ranking_page(
             "",
             *robustness({"Base": [base.extra], **trained}),
             *stress_table(
-                {n: {s: asdict(a) for s, a in found.items()} for n, found in stressed.items()}
+                {
+                    NAMES.get(n, n): {s: asdict(a) for s, a in found.items()}
+                    for n, found in stressed.items()
+                }
             ),
         ]
     chosen = "Learning rates were given, not chosen." if tuning is None else tuning.sentence()
@@ -305,55 +291,6 @@ def _table(
             kind = group_of.get(name, "ablation")
             lines.append(f"| {kind} | {NAMES.get(name, name)} | {' | '.join(cells)} |")
     return lines
-
-
-def robustness(extras: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> list[str]:
-    """A line for each stress that the first of the models has, a column for each model.
-
-    Args:
-        extras: what stands beside the scores, by the name of the model, one a seed; the base first.
-    """
-    stresses = _stresses(next(iter(extras.values())))
-    measured = {name: rows for name, rows in extras.items() if set(stresses) & {*_stresses(rows)}}
-    lines = [f"| | N | {' | '.join(measured)} |", "| --- | ---: |" + " ---: |" * len(measured)]
-    for stress in stresses:
-        words, direction = heading_of(stress)
-        scores = [[row[stress] for row in rows if stress in row] for rows in measured.values()]
-        count = next(f"{found[0]['n']}" for found in scores if found)
-        cells = " | ".join(map(_stress_cell, scores))
-        lines.append(f"| {words} {ARROWS[direction]} | {count} | {cells} |")
-    return lines
-
-
-def stress_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """What each row is better by than ours under each stress; empty where nobody kept questions.
-
-    Args:
-        rows: differences with the ends of their intervals, by row and stress.
-    """
-    if not rows:
-        return []
-    lines = [
-        "",
-        "Better than ours by, in points [95% interval by paired draws of questions and seeds]:",
-        "",
-        f"| | {' | '.join(NAMES.get(name, name) for name in rows)} |",
-        "| --- |" + " ---: |" * len(rows),
-    ]
-    for stress in _stresses(rows.values()):
-        apart = [found.get(stress) for found in rows.values()]
-        cells = ["{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**a) if a else "—" for a in apart]
-        lines.append(f"| {heading_of(stress)[0]} | {' | '.join(cells)} |")
-    return lines
-
-
-def _stress_cell(scores: Sequence[Mapping[str, float]]) -> str:
-    if not scores:
-        return "—"
-    mean, half = seed_interval([score["value"] for score in scores])
-    if half is None:
-        return "{value:.1f} [{low:.1f}–{high:.1f}]".format(**scores[0])
-    return f"{mean:.1f} ± {half:.1f}"
 
 
 def _costs(rows: Mapping[str, Ranked]) -> list[str]:

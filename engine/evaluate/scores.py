@@ -6,6 +6,7 @@ Nothing here reads a model or a file. Each function can be checked by hand.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ Z_95 = 1.959963984540054
 LEAK_RECALL = 0.5
 CHANCE = 25.0
 RESAMPLES = 2000
+# Two-sided 95% quantiles of Student's t by degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,16 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half of Student's 95% interval of it; None for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    freedom = len(values) - 1
+    quantile = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.7 / freedom
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:

@@ -44,6 +44,27 @@ def test_the_default_stands_once_and_each_level_with_its_difference() -> None:
     assert lines[-1].startswith("Split `tune`; N: Forget ↓ 40, General ↑ 40.")
 
 
+def test_stresses_stand_with_what_each_level_is_better_by() -> None:
+    """More of the topic comes back from the level: all four questions against one of four."""
+
+    def stressed(inputs: str, seed: int, came_back: list[float]) -> dict[str, Any]:
+        name, value = "relearned_5_forget", sum(came_back) / len(came_back)
+        extra = {name: {"value": value, "n": 4}, f"{name}_held_out": {"value": 0.0, "n": 2}}
+        return {**row(inputs, 4.0), "seed": seed, "extra": extra, "questions": {name: came_back}}
+
+    own = [stressed("a", 0, [100.0, 0.0, 0.0, 0.0]), stressed("b", 1, [0.0, 100.0, 0.0, 0.0])]
+    other = [stressed("c", 0, [100.0] * 4), stressed("d", 1, [100.0] * 4)]
+    rows = {r["inputs"]: r for r in (*own, *other)}
+    lines = block(STUDY, rows).splitlines()
+    assert "| factor | level | Forget, relearned on 5 rows ↓ |" in lines
+    assert "|  | the recipe as it is | 25.0 ± 0.0 |" in lines
+    (found,) = (line for line in lines if line.startswith("| k | 1 | 100.0"))
+    assert found.startswith("| k | 1 | 100.0 ± 0.0 (-75.0 [-100.0, ")
+    assert lines[-1].startswith("N: Forget, relearned on 5 rows ↓ 4.")
+    unmeasured = {**rows, **{i: {**rows[i], "extra": {}, "questions": {}} for i in ("c", "d")}}
+    assert "| k | 1 | — |" in block(STUDY, unmeasured).splitlines()
+
+
 @pytest.mark.parametrize("split", ["tune", "test"])
 def test_rows_picture_and_table_reach_the_docs(tmp_path: Path, split: str) -> None:
     stem = "study" if split == "tune" else "study-test"

@@ -18,7 +18,8 @@ from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.data.records import GOALS, Record, check_disjoint, read_records
 from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
-from unteach.engine.evaluate.ranking import NAMES, seed_interval
+from unteach.engine.evaluate.ranking import NAMES
+from unteach.engine.evaluate.scores import seed_interval
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.evaluate.tuning import Tuning, tuning_records
 from unteach.engine.teacher.intentions import intention_for, load_intentions, teacher_context

@@ -103,6 +103,40 @@ def test_what_is_made_once_is_shared_and_weights_do_not_pile_up(
     assert len(list((folder / "study").rglob("train.jsonl"))) == 4
 
 
+def test_stresses_of_every_level_ask_the_questions_of_the_split(tmp_path: Path) -> None:
+    """Two of the topic are tuned by, four are its test; relearning trains on neither."""
+    stress = ("--set", "evaluate.relearn_steps=1", "--set", "evaluate.relearn_rows=[3]")
+    options = ("--factors", "k=2", *stress)
+    folder = tmp_path / "run"
+    study(folder, *options, "--stress")
+    trials = read_trials(folder / "study" / "rows.jsonl")
+    assert [(t.split, t.seed) for t in trials] == [("tune", None), ("tune", 0), ("tune", 0)]
+    for trial in trials:
+        assert trial.extra["relearned_3_forget"]["n"] == trial.scores["forget"]["n"] == 2
+    page = (folder / "study" / "k.md").read_text(encoding="utf-8")
+    assert "\n| Forget, relearned on 3 rows ↓ | 2 | " in page
+    assert "Better than 4, the default, by" in page.split("## Beyond these questions")[1]
+    study(folder, *options)
+    assert len(read_trials(folder / "study" / "rows.jsonl")) == len(trials), "nothing made twice"
+
+
+def test_relearning_on_the_tune_split_reads_the_training_alone(plain: Run) -> None:
+    records = Trials(plain, "study", stress="tune").stressed_records("tune")
+    for split, read in (("train", "train"), ("test", "tune")):
+        found = {r.id for r in records if r.split == split}
+        assert found == {r.id for r in plain.records if r.split == read} != set()
+    assert {r.split for r in records} == {"train", "test"}
+
+
+def test_stresses_need_questions_that_no_training_has(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_records(path, [r for r in read_records(Path(tiny().data.path)) if r.split != "tune"])
+    options = ("--set", f"data.path={path}", "--set", "evaluate.few_shot=1")
+    done = study(tmp_path / "run", "--factors", "k=2", "--stress", *options, code=2)
+    assert "no record is of split `tune`: give --split test" in done.stderr
+    assert not (tmp_path / "run" / "target").exists()
+
+
 def test_a_wrong_name_is_one_sentence_before_anything_runs(tmp_path: Path) -> None:
     done = study(tmp_path / "run", "--factors", "alhpa", code=2)
     assert "no factor alhpa; did you mean alpha?" in done.stderr
