@@ -28,12 +28,17 @@ AXES = {
 }
 
 COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
-DASHES = ("--", "-", "-.", ":", "--", "-.", ":")
+DASHES = ("--", (0, (6, 1.5)), "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
 MARKERS = "so^vDPX<>"
+OURS = 1  # place of ours, behind the base: the only solid line
 # Colour, dash and marker of a row by its place. Seven colours and nine markers have no common
-# factor, so no pair of them comes twice.
-ROW_STYLES = tuple(
-    (COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
+# factor, so no pair of them comes twice; nor have seven colours and five dashes.
+ROW_STYLES: tuple[tuple[str, Any, str], ...] = tuple(
+    (
+        COLOURS[i % len(COLOURS)],
+        "-" if i == OURS else DASHES[i % len(DASHES)],
+        MARKERS[i % len(MARKERS)],
+    )
     for i in range(len(COLOURS) * len(MARKERS))
 )
 GOAL_STYLES = dict(
