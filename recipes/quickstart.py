@@ -39,8 +39,8 @@ def quickstart() -> Config:
             alpha=1.0,
             center=True,
             reduction="record",
-            # Weighed alike it refuses half of all look-alikes, thrice as much a fifth of the topic
-            # is answered (docs/results.md, the quickstart).
+            # Weighed alike, half of the unseen look-alikes are refused; thrice as much, more than a
+            # quarter of the unseen topic is not (docs/results.md, the quickstart).
             weights={"neighbor": 2, "general": 2},
         ),
         optim=OptimConfig(
