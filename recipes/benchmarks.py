@@ -85,7 +85,7 @@ def _benchmark(
         teacher=TeacherConfig(
             intentions=data_file(intentions), dtype="bfloat16", top=64, max_new_tokens=64
         ),
-        method=MethodConfig(k=32, alpha=1.0, center=True, reduction="record"),
+        method=MethodConfig(k=32, alpha=1.0, beta=8.0, center=True, reduction="record"),
         optim=OptimConfig(lr=1e-5, steps=200, warmup_steps=10, schedule="linear"),
         parallel=ParallelConfig(dtype="bfloat16", checkpointing="full"),
         evaluate=EvaluateConfig(batch_size=64),

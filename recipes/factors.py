@@ -28,7 +28,7 @@ def factors(config: Config, blocks: int) -> dict[str, Levels]:
     return {
         "k": {f"{k}": _top(config, k) for k in _with((1, 2, 4, 8, 16, 32, 64, 128), method.k)},
         "alpha": _numbers("method.alpha", (0, 0.25, 0.5, 1, 2), method.alpha),
-        "beta": _numbers("method.beta", (0.1, 0.5, 1, 4, 8), method.beta),
+        "beta": _numbers("method.beta", (0.1, 0.5, 1, 4, 8, 32), method.beta),
         "loss": _losses(method.gate or 0.2),
         "gate": {
             "none": ("method.gate=null",),

@@ -37,11 +37,14 @@ def quickstart() -> Config:
         method=MethodConfig(
             k=8,
             alpha=1.0,
+            # Nearly all of Smooth-L1 is its quadratic part then: the topic is forgotten deeper and
+            # told apart better than with 1 (docs/results.md, one factor at a time).
+            beta=8.0,
             center=True,
             reduction="record",
-            # Weighed alike, half of the unseen look-alikes are refused; thrice as much, more than a
-            # quarter of the unseen topic is not (docs/results.md, the quickstart).
-            weights={"neighbor": 2, "general": 2},
+            # Weighed alike, half of the unseen look-alikes are refused, thrice as much a third
+            # (docs/results.md, the quickstart).
+            weights={"neighbor": 3, "general": 3},
         ),
         optim=OptimConfig(
             lr=3e-4,
