@@ -331,6 +331,8 @@ def embedded_model() -> Path:
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:
     """Dequantise a GGUF file to a float32 safetensors folder, once; others wait meanwhile."""
+    if (folder / "config.json").is_file():  # whole, even where nothing can be written any more
+        return folder
     with alone_in(folder.parent, folder.name, wait=True):
         if not (folder / "config.json").is_file():
             export_model(*_dequantised(gguf), folder)

@@ -37,12 +37,12 @@ def quickstart() -> Config:
         method=MethodConfig(
             k=8,
             alpha=1.0,
-            # Nearly all of Smooth-L1 is its quadratic part then: the topic is forgotten deeper and
-            # told apart better than with 1 (docs/results.md, one factor at a time).
+            # Nearly all of Smooth-L1 is its quadratic part then, which forgets deeper than with 1
+            # (docs/results.md, one factor at a time).
             beta=8.0,
             center=True,
             reduction="record",
-            # Weighed alike, half of the unseen look-alikes are refused, thrice as much a third
+            # A third of the unseen look-alikes is refused so, at twice the weight two fifths
             # (docs/results.md, the quickstart).
             weights={"neighbor": 3, "general": 3},
         ),

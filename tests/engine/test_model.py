@@ -20,6 +20,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.files import model_fingerprint
 from unteach.engine.inference import batch_hidden, greedy, share_prefix
 from unteach.engine.model import (
+    convert_gguf,
     embedded_model,
     export_model,
     head_of,
@@ -199,6 +200,14 @@ def test_processes_that_convert_at_once_all_get_the_model(tmp_path: Path) -> Non
     assert not list((tmp_path / "cache").glob("*.partial"))
     with safe_open(tmp_path / "cache" / "model" / "model.safetensors", "pt") as weights:
         assert len(weights.keys()) == 272
+
+
+def test_a_converted_model_is_taken_where_nothing_can_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert convert_gguf(tmp_path / "none.gguf", folder) == folder
+    assert list(tmp_path.iterdir()) == [folder]  # no lock either
 
 
 def test_embedded_model_answers() -> None:
