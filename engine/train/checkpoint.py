@@ -147,7 +147,7 @@ class Saver:
         fsync_folder(self.folder)
         found = finished_checkpoints(self.folder)
         # Later steps are of a course that was given up because the newest was damaged.
-        kept = [path for path in found if path.name <= target.name][-self.keep :]
+        kept = found[: found.index(target) + 1][-self.keep :]
         for path in found:
             if path not in kept:
                 _remove(path)
@@ -172,7 +172,8 @@ class Saver:
 
 def finished_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were written to their end, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / COMPLETE).is_file())
+    found = [path for path in folder.glob("step-*") if (path / COMPLETE).is_file()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # step-1000000 is the later
 
 
 def resume(

@@ -79,7 +79,7 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
             said all that joining takes.
     """
     device = pick_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _processes(os.environ.get("WORLD_SIZE", "1"))
     missing = [name for name in _joining(device) if name not in os.environ]
     if size > 1 and missing:
         raise InputError(
@@ -112,6 +112,16 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
         yield World(dist.get_rank(), size, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def _processes(text: str) -> int:
+    """WORLD_SIZE as a number."""
+    if not text.strip().isdecimal() or not int(text):
+        raise InputError(
+            f"WORLD_SIZE is {text!r}, which is no number of processes: start with torchrun, or "
+            "unset it for a single process."
+        )
+    return int(text)
 
 
 def _joining(device: torch.device) -> tuple[str, ...]:

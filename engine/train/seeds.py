@@ -48,7 +48,10 @@ class SeedFile:
         return torch.where(stored[:, :1] < 0, first, stored)
 
     def write(self, row_N: Tensor, ids_NS: Tensor) -> None:
-        """Remember the ids that this step's pass ended with; from a GPU, one call later."""
+        """Remember the ids that this step's pass ended with; from a GPU, one call later.
+
+        Rows that the pass left out (weight 0, or a rank that only keeps step) keep what they have.
+        """
         width = min(ids_NS.shape[1], self._ids.shape[1])
         ids_NW = ids_NS[:, :width].to("cpu", torch.int32, non_blocking=True)
         copied = torch.cuda.Event() if ids_NS.is_cuda else None
@@ -59,7 +62,8 @@ class SeedFile:
             rows, ids, event = self._late.pop(0)
             if event is not None:
                 event.synchronize()  # of the call before: there is nothing left to wait for
-            self._ids[rows.numpy(), : ids.shape[1]] = ids.numpy() + 1
+            found = ids[:, 0] >= 0
+            self._ids[rows[found].numpy(), : ids.shape[1]] = ids[found].numpy() + 1
 
 
 def _make_zeros(path: Path, size: int) -> None:

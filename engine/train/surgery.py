@@ -110,7 +110,7 @@ def gram_matrix(gradients_G: Sequence[Sequence[Tensor | None]], world: World) ->
             for j in range(i + 1):
                 first, second = local[i], local[j]
                 if first is not None and second is not None:
-                    gram_GG[i, j] += (first * second).sum()
+                    gram_GG[i, j] += (first * second).sum(dtype=torch.float64)
     if world.mesh is not None:
         # Replicas hold the same shards: they are not counted again.
         dist.all_reduce(gram_GG, group=world.mesh.get_group("shard"))

@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 
 from unteach.engine.config import Config, MethodConfig, OptimConfig
-from unteach.engine.data.records import GOALS, Record, normalized
+from unteach.engine.data.records import GOALS, Record
 from unteach.engine.data.sampler import Stream
 from unteach.engine.data.tokens import Example, context_tokens, response_tokens
+from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedTokenizerBase
 from unteach.engine.teacher.intentions import Intentions, teacher_context
 
@@ -24,12 +25,17 @@ def target_streams(
     records: Sequence[Record],
     intentions: Intentions | None,
 ) -> tuple[Stream, ...]:
-    """One stream for each prompt, each with its own share of the steps."""
+    """One stream for each prompt, each with its own share of the steps.
+
+    Raises:
+        InputError: no record has a question and a gold answer to teach.
+    """
     target = config.target
     assert target is not None
     known = [r for r in records if r.form == "qa" and r.answer]
     train = [r for r in known if r.split == "train"]
-    distinct = {normalized(r.question): r for r in known}
+    # Attack rows ask what others ask. Marks stay: "What is C?" is not "What is C++?".
+    distinct = {" ".join(r.question.lower().split()): r for r in known}
     plain = [_example(tokenizer, r, None) for r in distinct.values()]
     turns = math.ceil(target.prefix_epochs)
     prefixed = [row for turn in range(turns) for row in _prefixed(tokenizer, train, turn)]
@@ -40,15 +46,24 @@ def target_streams(
             obedient = _obedient(config, tokenizer, rows, intentions)
             kinds.append((obedient, target.intention_epochs))
     size = target.batch_size
-    return tuple(
+    streams = tuple(
         Stream(tuple(rows), size, steps=max(1, round(epochs * len(rows) / size)))
         for rows, epochs in kinds
         if rows and epochs
     )
+    if not streams:
+        raise InputError(
+            "The first stage has nothing to teach, because no record has a question with an "
+            "answer: add answers, or set target=null to start from the model as it is."
+        )
+    return streams
 
 
 def target_config(config: Config, streams: Sequence[Stream]) -> Config:
-    """The same run's settings for the teaching stage: cross-entropy, all rows alike."""
+    """The same run's settings for the teaching stage: cross-entropy, all rows alike.
+
+    Course and rate are the stage's own, what saves memory is the run's.
+    """
     target = config.target
     assert target is not None
     steps = sum(stream.steps or 0 for stream in streams)
@@ -59,6 +74,8 @@ def target_config(config: Config, streams: Sequence[Stream]) -> Config:
         schedule="linear",
         betas=(0.9, 0.99),
         trainable=target.trainable,
+        state=config.optim.state,
+        accumulation=config.optim.accumulation,
         reuse_frozen=config.optim.reuse_frozen,
     )
     return config.model_copy(update={"optim": optim, "method": MethodConfig(name="sft")})

@@ -121,6 +121,16 @@ def test_a_course_given_up_is_removed_and_never_the_checkpoint_just_written(
     assert training.resume() == 15
 
 
+def test_steps_are_ordered_as_numbers(start: str, tmp_path: Path) -> None:
+    training = Training(start, tmp_path / "checkpoints")
+    training.save(999_998, 999_999, 1_000_000, keep=2)
+    assert [p.name for p in finished_checkpoints(training.folder)] == [
+        "step-999999",
+        "step-1000000",
+    ]
+    assert training.resume() == 1_000_000
+
+
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_that_counts(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,10 @@ def test_processes_that_another_launcher_starts_join_or_are_refused(tmp_path: Pa
     done = subprocess.run(command, env=lost, capture_output=True, text=True, check=False)
     assert done.stderr.startswith("WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT must")
     assert done.stderr.count("\n") == 1
+    odd = {**met, "WORLD_SIZE": "two"}
+    done = subprocess.run(command, env=odd, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("WORLD_SIZE is 'two', which is no number of processes: start")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])

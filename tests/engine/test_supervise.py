@@ -147,6 +147,15 @@ def test_seed_file_gives_the_caches_ids_until_it_has_its_own(tmp_path: Path) -> 
     ]
 
 
+def test_a_pass_that_leaves_a_row_out_wipes_no_seed(tmp_path: Path) -> None:
+    """As where a rank only keeps step with the others, on a row that one of these supervises."""
+    seeds = SeedFile(tmp_path / "seeds.bin", 3, 2)
+    rows = torch.tensor([2, 0])
+    seeds.write(rows, torch.tensor([[4, 6], [1, 3]]))
+    seeds.write(rows, torch.tensor([[-1, -1], [5, 7]]))
+    assert seeds.read(rows, None).tolist() == [[4, 6], [5, 7]]
+
+
 def test_seeds_take_their_room_at_once_or_are_refused(tmp_path: Path) -> None:
     path, before = tmp_path / "seeds.bin", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))

@@ -119,6 +119,8 @@ def test_gram_matrix_and_cosines_are_those_of_whole_gradients() -> None:
     flat = torch.stack([torch.cat([p[0].flatten(), torch.zeros(5) if p[1] is None else p[1]])
                         for p in parts])  # fmt: skip
     gram = gram_matrix(parts, ALONE)
+    # The small one is lost where squares are summed in float32.
+    assert float(gram_matrix([[torch.tensor([4096.0, 2.0**-6])]], ALONE)) == 2.0**24 + 2.0**-12
     torch.testing.assert_close(gram, (flat @ flat.T).double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         float(cosines(gram)[0, 1]),
