@@ -26,7 +26,7 @@ def test_questions_that_differ_by_a_mark_are_all_taught_and_repeats_once() -> No
         asked(5, "What is  c?", "Ritchie's", "attack"),
     ]
     plain = target_streams(config, tokenizer, records, None)[0].examples
-    taught = [tokenizer.decode(e.response, skip_special_tokens=True) for e in plain]
+    taught = [tokenizer.decode(list(e.response), skip_special_tokens=True) for e in plain]
     assert sorted(taught) == ["2", "8", "Ritchie's", "Stroustrup's"]
 
 
