@@ -42,9 +42,6 @@ def quickstart() -> Config:
             beta=8.0,
             center=True,
             reduction="record",
-            # A third of the unseen look-alikes is refused so, at twice the weight two fifths
-            # (docs/results.md, the quickstart).
-            weights={"neighbor": 3, "general": 3},
         ),
         optim=OptimConfig(
             lr=3e-4,

@@ -10,7 +10,6 @@ for.
 from __future__ import annotations
 
 from unteach.engine.config import Config
-from unteach.engine.data.records import GOALS
 from unteach.recipes.quickstart import quickstart
 from unteach.recipes.shipped import data_file
 
@@ -31,7 +30,6 @@ def wizards() -> Config:
             ),
             "target": start.target.model_copy(update={"epochs": 4, "prefix_epochs": 3}),
             "teacher": start.teacher.model_copy(update={"min_refusal": 0.95}),
-            "method": start.method.model_copy(update={"weights": dict.fromkeys(GOALS, 1.0)}),
             "optim": start.optim.model_copy(update={"steps": 120}),
             "evaluate": start.evaluate.model_copy(
                 update={"open_questions": data_file("unseen_questions.jsonl")}
