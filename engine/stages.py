@@ -75,7 +75,6 @@ def target_stage(run: Run) -> None:
         "target": config.target.model_dump(mode="json"),
         "refusal": config.teacher.refusal,
         "seed": config.run.seed,
-        "state": config.optim.state,
     }
     if stamp_matches(run.folder, "target", inputs, output):
         say("target: done before, skipped")

@@ -50,9 +50,12 @@ class SeedFile:
     def write(self, row_N: Tensor, ids_NS: Tensor) -> None:
         """Remember the ids that this step's pass ended with; from a GPU, one call later.
 
-        Rows that the pass left out (weight 0, or a rank that only keeps step) keep what they have.
+        Rows that the pass left out (weight 0, or a rank that only keeps step) keep what they have,
+        and so do all where the loss looks at no top of the student's own (alpha 0: no columns).
         """
         width = min(ids_NS.shape[1], self._ids.shape[1])
+        if not width:
+            return
         ids_NW = ids_NS[:, :width].to("cpu", torch.int32, non_blocking=True)
         copied = torch.cuda.Event() if ids_NS.is_cuda else None
         if copied is not None:

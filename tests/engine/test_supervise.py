@@ -153,6 +153,7 @@ def test_a_pass_that_leaves_a_row_out_wipes_no_seed(tmp_path: Path) -> None:
     rows = torch.tensor([2, 0])
     seeds.write(rows, torch.tensor([[4, 6], [1, 3]]))
     seeds.write(rows, torch.tensor([[-1, -1], [5, 7]]))
+    seeds.write(rows, torch.zeros(2, 0, dtype=torch.int32))  # alpha 0: nothing was looked for
     assert seeds.read(rows, None).tolist() == [[4, 6], [5, 7]]
 
 
