@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,26 @@ def sha256_of(path: Path) -> str:
 
 
 def model_fingerprint(path: str, revision: str | None = None) -> str:
-    """sha256 over config and weights of a model folder; of name and revision for a hub id."""
+    """sha256 over config and weights of a model folder; of name and revision for a hub id.
+
+    A file that nobody has touched since is not read again: stages ask for the same weights.
+    """
     folder = Path(path)
     digest = hashlib.sha256()
     if not folder.is_dir():
         digest.update((path if revision is None else f"{path}@{revision}").encode())
         return digest.hexdigest()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    for file in sorted(folder.glob("*")):
+        if file.name == "config.json" or file.suffix == ".safetensors":
+            now = file.stat()
+            known = _sha256_once(file, now.st_ino, now.st_size, now.st_mtime_ns)
+            digest.update(f"{file.name} {known}\n".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=2**10)
+def _sha256_once(path: Path, inode: int, size: int, changed_ns: int) -> str:
+    return sha256_of(path)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

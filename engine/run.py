@@ -38,6 +38,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.files import (
     model_fingerprint,
     read_json,
+    sha256_of,
     unwritable,
     write_atomic,
     write_json,
@@ -234,29 +235,42 @@ def configured_intentions(config: TeacherConfig) -> Intentions | None:
 
 
 def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> bool:
-    """Whether a stage was finished with these very inputs.
+    """Whether a stage was finished with these very inputs, and its output is still what it made.
 
     Raises:
-        InputError: it was finished with others; says which.
+        InputError: it was finished with others, or its output was changed since; says which.
     """
     path = folder / "stamps" / f"{stage}.json"
     if not path.is_file() or not output.exists():
         return False
     before = read_json(path)
+    if not isinstance(before, dict):
+        raise InputError(f"{path} is damaged (no JSON object): remove it to make {output} again.")
     wanted = json.loads(json.dumps(inputs))
+    made = before.pop("output", None)
     changed = sorted(k for k in {**before, **wanted} if before.get(k) != wanted.get(k))
     if changed:
         raise InputError(
             f"{output} was made with another {', '.join(changed)}: choose another run.folder, or "
             f"remove {output} to make it again."
         )
+    if made != _output_fingerprint(output):
+        raise InputError(
+            f"{output} is not what stage {stage} made, a file was cut, changed or lost since: "
+            f"remove {output} to make it again."
+        )
     return True
 
 
-def leave_stamp(folder: Path, stage: str, inputs: Mapping[str, Any]) -> None:
-    """Record what a finished stage was made of."""
+def leave_stamp(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> None:
+    """Record what a finished stage was made of and what it made."""
     (folder / "stamps").mkdir(exist_ok=True)
-    write_json(folder / "stamps" / f"{stage}.json", inputs)
+    stamp = {**inputs, "output": _output_fingerprint(output)}
+    write_json(folder / "stamps" / f"{stage}.json", stamp)
+
+
+def _output_fingerprint(output: Path) -> str:
+    return model_fingerprint(str(output)) if output.is_dir() else sha256_of(output)
 
 
 def digest(value: Any) -> str:

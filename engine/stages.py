@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from unteach.engine.config import Response
-from unteach.engine.data.prefix_search import answer_logps, written
+from unteach.engine.data.prefix_search import written
 from unteach.engine.data.prompt_files import load_prompts
 from unteach.engine.data.records import Record
 from unteach.engine.data.rejects import Rejects
@@ -34,9 +34,9 @@ from unteach.engine.evaluate.report import (
     write_summary,
 )
 from unteach.engine.evaluate.stress import check_evaluation, stressed
-from unteach.engine.evaluate.suites import evaluate, known, protocol_hash
-from unteach.engine.files import alone_in, read_json, write_json
-from unteach.engine.model import PreTrainedModel
+from unteach.engine.evaluate.suites import evaluate, protocol_hash
+from unteach.engine.files import alone_in, write_json
+from unteach.engine.knowledge import answered_by_base
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
@@ -70,6 +70,7 @@ def target_stage(run: Run) -> None:
     output = run.folder / "target" / "model"
     inputs = {
         "model": run.fingerprint(run.origin),
+        "tokenizer": tokenizer_fingerprint(run.tokenizer),
         "records": records_fingerprint(run.taught_records),
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
@@ -95,7 +96,7 @@ def target_stage(run: Run) -> None:
         run.world,
     )
     if run.world.rank == 0:
-        leave_stamp(run.folder, "target", inputs)
+        leave_stamp(run.folder, "target", inputs, output)
     run.world.wait()
 
 
@@ -116,21 +117,7 @@ def training_records(run: Run) -> list[Record]:
         )
     if not run.config.data.known_only:
         return records
-    folder = run.known_folder
-    path = folder / "known.json"
-    candidates = [
-        r for r in run.taught_records if r.goal in ("forget", "attack") and r.form == "qa"
-    ]
-    inputs = {"base": run.base_fingerprint, "records": records_fingerprint(candidates)}
-    if run.world.rank == 0 and not stamp_matches(folder, "known", inputs, path):
-        folder.mkdir(parents=True, exist_ok=True)
-        model = run.load(run.base, "float32")
-        answered = known(run.config, model, run.tokenizer, candidates)
-        _write_knowledge(run, model, candidates, answered)
-        write_json(path, sorted(answered))
-        leave_stamp(folder, "known", inputs)
-    run.world.wait()
-    names = set(read_json(path))
+    names = answered_by_base(run)
     asked = [
         r
         for r in records
@@ -142,27 +129,6 @@ def training_records(run: Run) -> list[Record]:
         f"questions to train on; {len(dropped)} dropped"
     )
     return [r for r in records if r.id not in dropped]
-
-
-def _write_knowledge(
-    run: Run, model: PreTrainedModel, candidates: list[Record], answered: set[str]
-) -> None:
-    """What the base says of each forget question: answered or not, and how likely gold is to it."""
-    asked = [r.model_copy(update={"prefix": None}) for r in candidates if r.golds]
-    logps = answer_logps(model, run.tokenizer, asked, batch_size=run.config.evaluate.batch_size)
-    rows = {
-        record.id: {"answered": record.id in answered, "logp": round(logp, 4)}
-        for record, logp in zip(asked, logps, strict=True)
-    }
-    write_json(run.known_folder / "known_scores.json", rows)
-    for side, name in ((True, "answers"), (False, "does not answer")):
-        values = sorted(row["logp"] for row in rows.values() if row["answered"] is side)
-        if values:
-            middle = values[len(values) // 2]
-            say(
-                f"known: gold answers that the base {name}: {len(values)}, median log-probability "
-                f"{middle:.2f} nats a token"
-            )
 
 
 def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
@@ -212,6 +178,7 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
         "method": config.method.model_dump(mode="json"),
         "optim": config.optim.model_dump(mode="json"),
         "mix": {str(goal): count for goal, count in config.data.mix.items()},
+        "pack_tokens": config.data.pack_tokens,
         "dtype": [config.model.dtype, config.parallel.dtype],
         "seed": config.run.seed,
     }
@@ -234,7 +201,7 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
         run.world,
     )
     if run.world.rank == 0:
-        leave_stamp(run.folder, "train", inputs)
+        leave_stamp(run.folder, "train", inputs, output)
     run.world.wait()
 
 

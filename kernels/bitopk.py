@@ -196,7 +196,7 @@ def bitopk_loss(
             from unteach.kernels.triton_source import TritonLinear
 
             forward = forward_triton(
-                TritonLinear.of(hidden_ND, head_VD, bias_V, scale),
+                TritonLinear.of(hidden_ND, head_VD, bias_V, options.scale),
                 teacher,
                 options,
                 vocab=limit,
@@ -208,9 +208,14 @@ def bitopk_loss(
         else:
             dtype = accumulation_dtype(hidden_ND)
             forward = forward_torch(
-                LinearSource(hidden_ND, head_VD, bias_V, scale, dtype),
+                LinearSource(hidden_ND, head_VD, bias_V, options.scale, dtype),
                 TeacherReader(
-                    teacher, k=options.k, vocab=limit, scale=scale, softcap=softcap, dtype=dtype
+                    teacher,
+                    k=options.k,
+                    vocab=limit,
+                    scale=options.scale,
+                    softcap=options.softcap,
+                    dtype=dtype,
                 ),
                 options,
                 weight_N=weight_N,
@@ -220,7 +225,14 @@ def bitopk_loss(
             )
     found = forward.output
     loss = _SparseLoss.apply(
-        hidden_ND, head_VD, bias_V, found.loss, forward.grad_ND, forward.pairs, scale, backend
+        hidden_ND,
+        head_VD,
+        bias_V,
+        found.loss,
+        forward.grad_ND,
+        forward.pairs,
+        options.scale,
+        backend,
     )
     return found._replace(loss=loss)
 
@@ -246,9 +258,9 @@ def _check(
     bias_V: Tensor | None,
     seeds_NS: Tensor | None,
 ) -> tuple[int, LossOptions]:
-    """Check every argument; return how many ids can be selected, and the options with a plain K."""
+    """Check every argument; return how many ids can be selected, and plain options."""
     check_linear(hidden_ND, head_VD, bias_V)
-    check_logit_rule(options.scale, options.softcap)
+    scale, softcap = check_logit_rule(options.scale, options.softcap)
     n, device = hidden_ND.shape[0], hidden_ND.device
     teacher_vocab = check_teacher(teacher, options.k, n, device)
     sizes = [size for size in (head_VD.shape[0], teacher_vocab) if size is not None]
@@ -269,4 +281,13 @@ def _check(
         check_device("normalizer", normalizer, device)
     elif n:
         check_number("normalizer", normalizer, optional=True)
-    return limit, replace(options, k=k)
+    plain = replace(
+        options,
+        k=k,
+        alpha=float(options.alpha),
+        beta=float(options.beta),
+        gate=None if options.gate is None else float(options.gate),
+        scale=scale,
+        softcap=softcap,
+    )
+    return limit, plain

@@ -114,10 +114,14 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}, expected {device} like the hidden states")
 
 
-def check_logit_rule(scale: float, softcap: float | None) -> None:
-    """Check the model's own scale and soft cap."""
+def check_logit_rule(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Check the model's own scale and soft cap; return them as Triton takes them.
+
+    A scalar of NumPy or of a tensor library passes for a float everywhere but in a kernel's launch.
+    """
     check_number("scale", scale)
     check_number("softcap", softcap, optional=True)
+    return float(scale), None if softcap is None else float(softcap)
 
 
 def check_number(

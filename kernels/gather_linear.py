@@ -130,7 +130,7 @@ def gather_linear(
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
     check_linear(hidden_ND, head_VD, bias_V)
-    check_logit_rule(scale, softcap)
+    scale, softcap = check_logit_rule(scale, softcap)
     check_ids("ids_NU", ids_NU, hidden_ND.shape[0], hidden_ND.device)
     backend = choose_backend(backend, hidden_ND)
     ids_NU = valid_ids(ids_NU, head_VD.shape[0])

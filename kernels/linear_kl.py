@@ -163,7 +163,7 @@ def linear_kl(
     check_linear(hidden_ND, head_VD, bias_V)
     names = ("reference_NE", "reference_head_VE", "")
     check_linear(reference_NE, reference_head_VE, None, names=names)
-    check_logit_rule(scale, softcap)
+    scale, softcap = check_logit_rule(scale, softcap)
     check_device("reference_NE", reference_NE, hidden_ND.device)
     if reference_NE.shape[0] != hidden_ND.shape[0]:
         raise ValueError(

@@ -141,7 +141,7 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
     check_linear(hidden_ND, head_VD, bias_V)
-    check_logit_rule(scale, softcap)
+    scale, softcap = check_logit_rule(scale, softcap)
     check_ids("labels_N", labels_N, hidden_ND.shape[0], hidden_ND.device, dimensions=1)
     choose_backend(backend, hidden_ND, without_triton="linear_logprob has no kernels of its own")
     labels_N = valid_ids(labels_N, head_VD.shape[0])

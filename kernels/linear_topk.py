@@ -75,7 +75,7 @@ def linear_topk(
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
     check_linear(hidden_ND, head_VD, bias_V)
-    check_logit_rule(scale, softcap)
+    scale, softcap = check_logit_rule(scale, softcap)
     limit = check_vocab(vocab, head_VD.shape[0])
     k = check_k(k, limit)
     n, device = hidden_ND.shape[0], hidden_ND.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -201,12 +202,42 @@ def test_prefixes_are_searched_against_a_base_that_is_no_folder(
 
 
 def test_a_damaged_stamp_is_one_sentence(tmp_path: Path) -> None:
-    leave_stamp(tmp_path, "train", {"seed": 1})
+    leave_stamp(tmp_path, "train", {"seed": 1}, tmp_path)
     assert stamp_matches(tmp_path, "train", {"seed": 1}, tmp_path)
     stamp = tmp_path / "stamps" / "train.json"
-    stamp.write_text(stamp.read_text()[:-4])
-    with pytest.raises(InputError, match=r"train\.json is damaged .* remove it"):
-        stamp_matches(tmp_path, "train", {"seed": 1}, tmp_path)
+    for damaged in (stamp.read_text()[:-4], "null", "[]"):
+        stamp.write_text(damaged)
+        with pytest.raises(InputError, match=r"train\.json is damaged .* remove it"):
+            stamp_matches(tmp_path, "train", {"seed": 1}, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["cut", "lost", "flipped"])
+def test_weights_that_a_stage_did_not_leave_are_no_finished_stage(
+    tmp_path: Path, fault: str
+) -> None:
+    run = opened(tmp_path, "target.epochs=1")
+    stages.target_stage(run)
+    stages.target_stage(opened(tmp_path, "target.epochs=1"))  # done before
+    path = tmp_path / "target" / "model" / "model.safetensors"
+    content = path.read_bytes()
+    if fault == "lost":
+        path.unlink()
+    else:
+        flipped = bytes([content[-1] ^ 1])
+        path.write_bytes(content[:-1] + (flipped if fault == "flipped" else b""))
+    with pytest.raises(InputError, match=r"target/model is not what stage target made.*: remove"):
+        stages.target_stage(opened(tmp_path, "target.epochs=1"))
+    shutil.rmtree(path.parent)
+    stages.target_stage(opened(tmp_path, "target.epochs=1"))
+    assert path.read_bytes() == content
+
+
+def test_another_chat_template_is_another_taught_model(tmp_path: Path) -> None:
+    stages.target_stage(opened(tmp_path, "target.epochs=1"))
+    run = opened(tmp_path, "target.epochs=1")
+    run.tokenizer.chat_template += " "
+    with pytest.raises(InputError, match="target/model was made with another tokenizer"):
+        stages.target_stage(run)
 
 
 def test_nothing_asks_for_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +274,13 @@ def test_a_changed_record_is_another_training(tmp_path: Path, field: str) -> Non
     write_records(path, [*records[:index], changed, *records[index + 1 :]])
     with pytest.raises(InputError, match="made with another examples"):
         stages.train_stage(opened(tmp_path / "run", *settings), None)
+
+
+def test_other_packing_is_another_training(tmp_path: Path) -> None:
+    settings = ("target=null", "method.name=sft", "optim.steps=1")
+    stages.train_stage(opened(tmp_path, *settings), None)
+    with pytest.raises(InputError, match="made with another pack_tokens"):
+        stages.train_stage(opened(tmp_path, *settings, "data.pack_tokens=77"), None)
 
 
 def test_dropout_is_off_in_training(tmp_path: Path) -> None:

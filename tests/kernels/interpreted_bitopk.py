@@ -112,6 +112,13 @@ def test_a_broken_row_is_nan_even_where_the_list_is_empty() -> None:
     assert_broken_rows_with_empty_lists(**TRITON)
 
 
+def test_numbers_of_numpy_are_floats_too() -> None:
+    given = {"alpha": 0.5, "beta": 2.0, "gate": 0.5, "softcap": 8.0, "scale": 0.5, "center": True}
+    problem = make_problem("hidden", (4, 24, 150, 5), **given)
+    scalars = {n: np.float32(v) if isinstance(v, float) else v for n, v in problem.options.items()}
+    assert_same_bits(run(replace(problem, options=scalars), **TRITON), run(problem, **TRITON))
+
+
 def test_running_twice_changes_no_bit() -> None:
     problem = make_problem("cached", gate=0.5)
     assert_same_bits(run(problem, **TRITON), run(problem, **TRITON), spare=True)

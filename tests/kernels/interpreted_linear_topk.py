@@ -55,6 +55,13 @@ def lane_scores(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 @both_passes
+def test_numbers_of_numpy_are_floats_too() -> None:
+    hidden, head = torch.randn(4, 24), torch.randn(140, 24)
+    wanted = triton_topk(hidden, head, 5, scale=0.5, softcap=4.0)
+    assert_same(triton_topk(hidden, head, 5, scale=np.float32(0.5), softcap=np.float32(4)), wanted)
+
+
+@both_passes
 def test_the_default_dtype_changes_no_bit() -> None:
     hidden, head = torch.randn(4, 24).half(), torch.randn(140, 24).half()
     wanted = brute_topk(lane_scores(hidden, head), 5)
