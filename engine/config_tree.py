@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 
 
 def put(tree: dict[str, Any], name: str, value: Any, names: Collection[str]) -> None:
@@ -70,8 +70,8 @@ def wanted_texts(error: ValidationError) -> set[str]:
 
 def unreadable(path: Path, error: OSError | UnicodeDecodeError | yaml.YAMLError) -> str:
     """Why a file is no config, with the line where YAML knows it."""
-    where, reason = str(path), " ".join(str(error).split())
+    where, why = str(path), reason(error)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         where = f"{path}, line {error.problem_mark.line + 1},"
-        reason = error.problem or "no YAML"
-    return f"{where} cannot be read as a config: {reason}."
+        why = error.problem or "no YAML"
+    return f"{where} cannot be read as a config: {why}."

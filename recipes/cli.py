@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from enum import StrEnum
@@ -354,6 +355,8 @@ def plan(
             f"parallel.replicate is {resolved.parallel.replicate}, which does not divide {gpus} "
             "GPUs: give a multiple with --gpus."
         )
+    if not math.isfinite(memory):
+        raise InputError(f"--memory {memory}: give a number of GiB, as 80.")
     for line in lines(resolved, gpus, int(memory * 2**30)):
         typer.echo(line)
 

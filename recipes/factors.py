@@ -87,6 +87,10 @@ def chosen_factors(
     if text.strip() == "all":
         return [Factor(name, levels) for name, levels in known.items()]
     chosen: dict[str, Levels] = {}
+    asked = {part.partition("=")[0].strip() for part in text.split(",")}
+    for level in added:
+        if (name := _parsed(level)[0]) not in asked:
+            raise InputError(f"--level {level}: add {name} to --factors, which names what is run.")
     for part in text.split(","):
         name, _, wanted = part.strip().partition("=")
         if name not in known:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from unteach.engine.data.records import Record, Split, normalized
+from unteach.engine.data.records import Record, Split, normalized, question_key
 from unteach.engine.data.rejects import Rejects
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -38,7 +38,7 @@ def without_duplicates(records: Iterable[Record], rejects: Rejects) -> Iterator[
     for record in records:
         text = record.question if record.form == "qa" else record.answer or ""
         prefix = record.prefix or ("attack" if record.goal == "attack" else "")
-        key = hashlib.sha256(f"{normalized(text)}|{normalized(prefix)}".encode())
+        key = hashlib.sha256(f"{question_key(text)}|{normalized(prefix)}".encode())
         if key.digest()[:12] in seen:
             rejects.add("question asked before", record.question or record.answer or "")
             continue
@@ -51,7 +51,7 @@ def one_split(records: Iterable[Record], rejects: Rejects) -> Iterator[Record]:
     splits: dict[bytes, Split] = {}
     for record in records:
         if record.form == "qa":
-            key = hashlib.sha256(normalized(record.question).encode()).digest()[:12]
+            key = hashlib.sha256(question_key(record.question).encode()).digest()[:12]
             if splits.setdefault(key, record.split) != record.split:
                 rejects.add("question of another split", record.question)
                 continue
@@ -81,17 +81,19 @@ def split_records(
     order = {record.id: place for place, record in enumerate(records)}
     decided.sort(key=lambda record: order[record.id])
     asked = [r for r in decided if r.form == "qa"]
-    trained = {normalized(r.question) for r in asked if r.split == "train"}
-    forgotten = {normalized(r.question) for r in asked if r.split == "test" and r.goal == "forget"}
+    trained = {question_key(r.question) for r in asked if r.split == "train"}
+    forgotten = {
+        question_key(r.question) for r in asked if r.split == "test" and r.goal == "forget"
+    }
     kept = []
     for record in decided:
-        shared = record.form == "qa" and normalized(record.question) in trained
+        shared = record.form == "qa" and question_key(record.question) in trained
         if record.split == "test" and shared:
             rejects.add("test question that is trained", record.question)
         elif (
             record.split == "test"
             and record.goal == "attack"
-            and normalized(record.question) in forgotten
+            and question_key(record.question) in forgotten
         ):
             rejects.add("attack test that asks a forget test", record.question)
         elif record.split == "test" and not _scorable(record):

@@ -15,7 +15,7 @@ from typing import Any
 from unteach.engine.data.answers import contains_answer
 from unteach.engine.data.records import Record, encodable, normalized
 from unteach.engine.data.rejects import Rejects
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 from unteach.engine.progress import say
 
 MAX_BYTES = 2**20
@@ -36,7 +36,7 @@ def read_prefixes(
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Prefixes {path} cannot be read: {error}.") from error
+        raise InputError(f"Prefixes {path} cannot be read: {reason(error)}.") from error
     if len(data) > MAX_BYTES:
         raise InputError(f"{path} is over {MAX_BYTES} bytes: a file of prefixes is a short list.")
     if _is_searched(path, text):

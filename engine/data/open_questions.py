@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unteach.engine.data.records import Record, normalized, read_records
+from unteach.engine.data.records import Record, question_key, read_records
 from unteach.engine.errors import InputError
 from unteach.engine.progress import say
 
@@ -35,8 +35,8 @@ def with_open_questions(
     for record in asked:
         if record.id in taken:
             raise InputError(f"{path}: another record is called {record.id!r} already; rename it.")
-    known = {normalized(record.question) for record in records}
-    fresh = [record for record in asked if normalized(record.question) not in known]
+    known = {question_key(record.question) for record in records}
+    fresh = [record for record in asked if question_key(record.question) not in known]
     if left_out := len(asked) - len(fresh):
         say(f"open questions: {left_out} left out, because a record asks the same")
     return [*records, *fresh], frozenset(record.id for record in fresh)

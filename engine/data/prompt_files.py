@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unteach.engine.data.tokens import Turn
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 
 SHIPPED = Path(__file__).resolve().parent / "prompts"
 PLAIN = "plain"
@@ -73,7 +73,7 @@ def load_prompts(folder: str | None) -> Prompts:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"Prompt {path} cannot be read: {error}.") from error
+            raise InputError(f"Prompt {path} cannot be read: {reason(error)}.") from error
         missing = [key for key in needed if f"{{{key}}}" not in text]
         if missing:
             raise InputError(f"Prompt {path} does not say {{{missing[0]}}}: put it where it goes.")

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 
 Goal = Literal["forget", "general", "neighbor", "attack"]
 Split = Literal["train", "tune", "test"]
@@ -152,6 +152,16 @@ def _plain(c: str) -> str:
     return "" if unicodedata.combining(c) else " "
 
 
+def question_key(question: str) -> str:
+    """The same text for the same question: `normalized`, and the symbols that tell two apart.
+
+    "What is C++?" asks neither what "What is C?" nor what "What is C#?" asks; quotes, hyphens and
+    the marks that end a sentence tell nothing apart.
+    """
+    signs = "".join(c for c in question if c in "#%&@" or unicodedata.category(c) in ("Sm", "Sc"))
+    return f"{normalized(question)} {signs}" if signs else normalized(question)
+
+
 def check_disjoint(records: Sequence[Record]) -> None:
     """Refuse test questions that are trained or tuned on, and attack tests that forget asks.
 
@@ -160,17 +170,20 @@ def check_disjoint(records: Sequence[Record]) -> None:
     """
     asked = [r for r in records if r.form == "qa"]
     seen = {
-        normalized(r.question): r for split in ("tune", "train") for r in asked if r.split == split
+        question_key(r.question): r
+        for split in ("tune", "train")
+        for r in asked
+        if r.split == split
     }
     forget = {
-        normalized(r.question): r for r in records if r.split == "test" and r.goal == "forget"
+        question_key(r.question): r for r in records if r.split == "test" and r.goal == "forget"
     }
     for record in records:
         if record.split != "test":
             continue
-        other = seen.get(normalized(record.question))
+        other = seen.get(question_key(record.question))
         if other is None and record.goal == "attack":
-            other = forget.get(normalized(record.question))
+            other = forget.get(question_key(record.question))
         if other is not None:
             raise InputError(
                 f"Test record {record.id!r} asks the question of {other.split} record "
@@ -202,7 +215,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"Records file {path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"Records file {path} cannot be read: {reason(error)}.") from error
     lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():

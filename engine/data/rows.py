@@ -15,7 +15,7 @@ from typing import Any
 
 from unteach.engine.data.records import encodable
 from unteach.engine.data.rejects import Rejects
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 
 Row = dict[str, Any]
 MAX_LINE = 16 * 2**20
@@ -46,7 +46,7 @@ def read_rows(path: Path, rejects: Rejects, *, require: Sequence[str] = ()) -> I
         readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
         yield from readers[kind](path, rejects, require)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def files_under(folder: Path, suffixes: Sequence[str], rejects: Rejects) -> list[Path]:

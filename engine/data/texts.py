@@ -10,7 +10,7 @@ from pathlib import Path
 from unteach.engine.data.chunks import chunked, passages, sentences
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.rows import COMPRESSED, files_under, read_rows, text_lines
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 
 KINDS = (".txt", ".md", ".jsonl", ".pdf")
 MAX_PDF = 256 * 2**20
@@ -64,7 +64,7 @@ def read_passages(path: Path, words: int, rejects: Rejects) -> Iterator[Passage]
                 yield Passage(text, file.name, number)
                 number += 1
         except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+            raise InputError(f"{file} cannot be read: {reason(error)}.") from error
     if number == 0:
         raise InputError(f"{path} gives no passage (left out: {rejects}): is there text in it?")
 

@@ -122,8 +122,8 @@ def context_tokens(
 
     Without `system` and `turns` this is what the student sees: the template's own default system
     message, if it has one, and the question. Where the template takes no system message (Gemma),
-    the system text stands at the head of the first user turn. A prefix is put on the open assistant
-    turn with its trailing spaces stripped; the answer then starts with a space.
+    or leaves it out, the system text stands at the head of the first user turn. A prefix is put on
+    the open assistant turn with its trailing spaces stripped; the answer then starts with a space.
 
     Raises:
         InputError: the chat template cannot write this chat.
@@ -195,13 +195,23 @@ def _asked(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn], system: str
         ways = [[("system", system), *chat], [(role, f"{system}\n\n{first}"), *rest]]
     for way in ways:
         try:
-            return _chat_text(tokenizer, way)
+            text = _chat_text(tokenizer, way)
+            if all(content.strip() in text for _, content in way) or _keeps(tokenizer, way):
+                return text
+            refusal: Exception = ValueError("it leaves out what a turn says")
         except TemplateError as error:
             refusal = error
     raise InputError(
         f"The tokenizer's chat template refuses turns of user and assistant ({refusal}); use a "
         "chat model."
     ) from refusal
+
+
+def _keeps(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Turn]) -> bool:
+    """Whether the template says every turn of such a chat, be it rewritten."""
+    marks = [(role, f"turn{place}said") for place, (role, _) in enumerate(chat)]
+    text = _chat_text(tokenizer, marks)
+    return all(mark in text for _, mark in marks)
 
 
 def _chat_text(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unteach.engine.data.records import Record
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 from unteach.engine.evaluate.generate import decoded
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.inference import SharedPrefix, Tokens, batch_hidden, share_prefix
@@ -141,7 +141,7 @@ def read_mmlu(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"MMLU file {path} cannot be read: {error}.") from error
+        raise InputError(f"MMLU file {path} cannot be read: {reason(error)}.") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

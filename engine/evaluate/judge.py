@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import InferenceClient
 
 from unteach.engine.config import EvaluateConfig
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 from unteach.engine.progress import Advance
 
 MOST_FAILURES = 3  # calls in a row that do not come through, after which no more are made
@@ -115,5 +115,5 @@ def _key(settings: EvaluateConfig) -> str:
         return Path(settings.judge_key_file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"evaluate.judge_key_file {settings.judge_key_file} cannot be read: {error}."
+            f"evaluate.judge_key_file {settings.judge_key_file} cannot be read: {reason(error)}."
         ) from error

@@ -13,7 +13,7 @@ from unteach.engine.config import Config, EvaluateConfig
 from unteach.engine.data.answers import contains_answer, is_refusal, rouge_recall
 from unteach.engine.data.records import Record, normalized
 from unteach.engine.data.tokens import student_context
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 from unteach.engine.evaluate.choices import (
     LETTERS,
     OPTION,
@@ -243,7 +243,7 @@ def _sha256(key: str, path: str) -> str:
     try:
         return sha256_of(Path(path))
     except OSError as error:
-        raise InputError(f"{key}: {path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{key}: {path} cannot be read: {reason(error)}.") from error
 
 
 def trained_forget(records: Iterable[Record]) -> list[Record]:
@@ -263,6 +263,11 @@ def check_questions(settings: EvaluateConfig, records: Sequence[Record], mmlu: R
     Raises:
         InputError: names the goal, the record or the row.
     """
+    if not settings.goals and mmlu is None:
+        raise InputError(
+            "There is nothing to score: no goal of evaluate.goals has questions of this split, and "
+            "data.mmlu names no file."
+        )
     check_tests(settings, tested_records(settings, records), records)
     if mmlu is not None:
         check_mmlu(mmlu)
@@ -316,6 +321,8 @@ def _fault(record: Record) -> str | None:
     golds = _golds(record)
     if not golds:
         return "has no gold answer"
+    if not any(map(normalized, golds)):
+        return "has a gold answer that is nothing but an article or marks"
     if not any(c.isascii() and c.isalnum() for gold in golds for c in gold.lower()):
         return "has a gold answer in which ROUGE sees no word (it reads a-z and 0-9)"
     return None

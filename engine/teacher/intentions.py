@@ -27,7 +27,7 @@ from pydantic import (
 from unteach.engine.config import TeacherConfig
 from unteach.engine.data.records import GOALS, Goal, Record
 from unteach.engine.data.tokens import Turn, context_tokens, student_context
-from unteach.engine.errors import InputError
+from unteach.engine.errors import InputError, reason
 from unteach.engine.model import PreTrainedTokenizerBase
 
 Routing = Literal["oracle", "ensemble", "none"]
@@ -96,8 +96,7 @@ def load_intentions(path: Path) -> Intentions:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"Intentions file {path} cannot be read: {reason}.") from error
+        raise InputError(f"Intentions file {path} cannot be read: {reason(error)}.") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds no mapping of goals ({', '.join(GOALS)}) to intentions.")
     for goal, content in tree.items():

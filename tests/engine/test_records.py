@@ -157,6 +157,17 @@ def test_shared_questions_between_splits_are_refused() -> None:
     check_disjoint([attack, again])
 
 
+def test_symbols_tell_questions_apart_and_punctuation_does_not() -> None:
+    asked = ["What is C?", "What is C++?", "What is C#?", "What is 5% of 8?", "What is 5 of 8?"]
+    train = [Record(**row(id=f"a{n}", question=text)) for n, text in enumerate(asked)]
+    for text in asked:
+        others = [r for r in train if r.question != text]
+        check_disjoint([*others, Record(**row(id="t", question=text, split="test"))])
+        again = Record(**row(id="t", question=f"«{text.rstrip('?')}» …!", split="test"))
+        with pytest.raises(InputError, match="'t' asks the question of train record"):
+            check_disjoint([*train, again])
+
+
 def test_normalisation_drops_case_marks_and_articles() -> None:
     assert normalized("The  Café, of Æ-1!") == "cafe of æ 1"
     assert normalized("Где?") == "где"

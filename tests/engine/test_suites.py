@@ -17,6 +17,7 @@ from unteach.engine.evaluate.choices import (
     score_options,
 )
 from unteach.engine.evaluate.generate import Answer, answer_all, asks_of, attack_prefixes
+from unteach.engine.evaluate.stress import check_evaluation
 from unteach.engine.evaluate.suites import Evaluation, evaluate, known, protocol_hash
 from unteach.engine.model import (
     PreTrainedModel,
@@ -280,6 +281,7 @@ def test_known_asks_attacks_without_prefix(tiny: Pair, monkeypatch: pytest.Monke
         ({"goal": "forget", "split": "tune"}, "Goal forget has no record of split `test`"),
         ({"goal": "general", "answer": None}, "'g1' .general. has no gold answer"),
         ({"goal": "general", "answer": "東京"}, "ROUGE sees no word"),
+        ({"goal": "general", "answer": "A."}, "nothing but an article or marks"),
         ({"goal": "neighbor", "options": None, "correct": None, "refusals": []}, "no options"),
         ({"goal": "neighbor", "options": ["x", " ", "y"]}, "empty option"),
         ({"goal": "neighbor", "options": ["x", "x ", "y"]}, "same option twice"),
@@ -309,6 +311,12 @@ def test_an_option_sentence_must_name_the_option() -> None:
         evaluate(config, nothing, nothing, every_goal(), mmlu=None)
     with pytest.raises(InputError, match="no row of split `test`"):
         evaluate(settings(), nothing, nothing, every_goal(), mmlu=[])
+
+
+def test_nothing_to_score_is_refused_before_anything_runs() -> None:
+    config = settings(goals=())
+    with pytest.raises(InputError, match="There is nothing to score"):
+        check_evaluation(config, every_goal())
 
 
 def test_protocol_hash_changes_with_what_defines_the_scores_only(

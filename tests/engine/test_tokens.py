@@ -65,9 +65,18 @@ NO_SYSTEM = (
 )
 
 
-def test_template_without_a_system_role_gets_the_text_in_the_first_user_turn() -> None:
+NO_WORD_OF_IT = TEMPLATE.replace(
+    "for message in messages", "for message in messages if message['role'] != 'system'"
+)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM + TEMPLATE, NO_WORD_OF_IT])
+def test_template_without_a_system_role_gets_the_text_in_the_first_user_turn(
+    template: str,
+) -> None:
+    assert template != TEMPLATE
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = NO_SYSTEM + TEMPLATE
+    tokenizer.chat_template = template
     turns = [("user", "1?"), ("assistant", "one")]
     text = tokenizer.decode(context_tokens(tokenizer, "2?", system="Count.", turns=turns))
     turn = "<|im_start|>{}\n{}<|im_end|>\n"
@@ -84,6 +93,21 @@ def test_template_that_takes_no_chat_is_one_sentence() -> None:
     tokenizer.chat_template = "{{ raise_exception('tools only') }}"
     with pytest.raises(InputError, match=r"refuses turns .*\(tools only\); use a chat model"):
         context_tokens(tokenizer, "2?", system="Count.")
+
+
+def test_template_that_leaves_the_question_out_is_one_sentence() -> None:
+    """A student would be trained on answers to nothing."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("message['content']", "'?'")
+    assert tokenizer.chat_template != TEMPLATE
+    with pytest.raises(InputError, match="leaves out what a turn says"):
+        context_tokens(tokenizer, "Who is it?")
+
+
+def test_template_may_rewrite_what_a_turn_says() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("message['content']", "message['content'] | lower")
+    assert "who is it?" in tokenizer.decode(context_tokens(tokenizer, "Who is it?"))
 
 
 def test_template_that_prints_todays_date_gives_the_same_tokens_every_day(

@@ -61,6 +61,7 @@ def test_help_shows_an_example(command: str) -> None:
         (("run", "--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
         (("run", "tiny", "--set", "optim.lrr=1"), "did you mean optim.lr?"),
         (("report", "tiny"), "`unteach evaluate`"),
+        (("plan", "tiny", "--memory", "inf"), "give a number of GiB"),
         (("bench", "bitopq"), "choose bitopk, linear_topk, linear_logprob"),
     ],
 )

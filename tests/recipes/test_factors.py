@@ -63,5 +63,7 @@ def test_factors_and_levels_are_chosen_by_name() -> None:
     assert own.levels == {"raw": ("data.path=raw.jsonl", "data.known_only=false")}
     with pytest.raises(InputError, match="did you mean alpha"):
         chosen_factors("alfa", tiny(), table)
+    with pytest.raises(InputError, match=r"--level format:x:method\.k=2: add format to --factors"):
+        chosen_factors("k", tiny(), table, ["format:x:method.k=2"])
     with pytest.raises(InputError, match="no comma, slash"):
         chosen_factors("k", tiny(), table, ["a/b:c:method.k=2"])
