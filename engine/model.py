@@ -90,7 +90,7 @@ def load_tokenizer(path: str, config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         InputError: it cannot be loaded or has no chat template.
     """
-    with _one_sentence(path, config):
+    with _one_sentence(f"The tokenizer of {path}", config):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -109,7 +109,7 @@ def load_model(
         InputError: no such model, or an attention implementation that is not installed.
     """
     logging.disable_progress_bar()  # a bar per load would drown our own
-    with _one_sentence(path, config):
+    with _one_sentence(f"Model {path}", config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
@@ -136,7 +136,7 @@ def empty_model(path: str, config: ModelConfig) -> PreTrainedModel:
     Buffers, which no file holds, are made as usual.
     """
     remote = config.trust_remote_code
-    with _one_sentence(path, config), init_empty_weights(include_buffers=False):
+    with _one_sentence(f"Model {path}", config), init_empty_weights(include_buffers=False):
         shape = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=remote)
         model = AutoModelForCausalLM.from_config(
             shape,
@@ -164,7 +164,7 @@ def skip_masks(model: PreTrainedModel) -> None:
 
 def weight_files(path: str, config: ModelConfig) -> dict[str, Path]:
     """Which safetensors file of a model holds which tensor."""
-    with _one_sentence(path, config):
+    with _one_sentence(f"Model {path}", config):
         folder = Path(path)
         if not folder.is_dir():
             kinds = ["*.json", "*.safetensors"]
@@ -179,8 +179,8 @@ def weight_files(path: str, config: ModelConfig) -> dict[str, Path]:
 
 
 @contextmanager
-def _one_sentence(path: str, config: ModelConfig) -> Iterator[None]:
-    """What goes wrong while a model is loaded, as one sentence."""
+def _one_sentence(what: str, config: ModelConfig) -> Iterator[None]:
+    """What goes wrong while a model or a tokenizer is loaded, as one sentence."""
     try:
         yield
     except ImportError as error:
@@ -190,7 +190,7 @@ def _one_sentence(path: str, config: ModelConfig) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"Model {path} cannot be loaded: {reason}") from error
+        raise InputError(f"{what} cannot be loaded: {reason.rstrip(' :.')}.") from error
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
