@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unteach.benchmarks.comparison import Errors, Make, Provider, Unavailable
+from unteach.benchmarks.comparison import Errors, Provider
 from unteach.benchmarks.exact import SLICE_IDS
 from unteach.benchmarks.harness import Step
 from unteach.benchmarks.presets import Case
@@ -39,12 +39,6 @@ def _eager(case: Case) -> Step:
         return cross_entropy(logits.float(), case.labels_N)
 
     return differentiated(case, loss)
-
-
-def _without_cap(name: str, make: Make, case: Case) -> Step:
-    if case.softcap is not None:
-        raise Unavailable(f"{name} has no soft cap")
-    return make(case)
 
 
 def _eager_path(sizes: Sizes) -> list[Stage]:
@@ -89,8 +83,7 @@ def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider
         "eager": Provider("cross-entropy", "logits in memory", _eager, _eager_path, errors_of),
     }
     for name, peer in peers().items():
-        make = peer.make if name == "cce" else partial(_without_cap, name, peer.make)
-        found[name] = replace(peer, loss="cross-entropy", make=make, check=errors_of)
+        found[name] = replace(peer, loss="cross-entropy", check=errors_of)
     return found
 
 

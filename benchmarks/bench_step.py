@@ -176,7 +176,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokens_BT = torch.randint(0, PRESETS[options.preset][0], shape, device=device)
     loss = make_loss(model, tokens_BT, options.k)
     times = []
-    for _ in range(options.steps + 1):
+    warm_up = 3 if device.type == "cuda" else 1
+    for _ in range(warm_up + options.steps):
         start = time.perf_counter()
         loss().backward()
         optimizer.step()
@@ -186,7 +187,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         times.append(1e3 * (time.perf_counter() - start))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     peak = peak_mib(device)
-    median = statistics.median(times[1:])
+    times = times[warm_up:]
+    median = statistics.median(times)
     flops, best = model_flops(model, options.sequences, options.tokens), peak_flops(device)
     best = best if options.dtype == "bfloat16" else None
     moments = sum(
@@ -205,8 +207,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "state": options.state,
         "median_ms": median,
-        "min_ms": min(times[1:]),
-        "max_ms": max(times[1:]),
+        "min_ms": min(times),
+        "max_ms": max(times),
         "tokens_per_second": 1e3 * options.sequences * options.tokens / median,
         "model_tflops": flops / median / 1e9,
         "mfu": flops / median * 1e3 / best if best else None,
@@ -225,14 +227,19 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--provider", choices=PROVIDERS, help="measure this one here, print JSON")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="cpu: float32, cuda: bfloat16"
+    )
     parser.add_argument("--state", default="float32", choices=("float32", "bfloat16", "8bit"))
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="cpu: 3, cuda: 20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    gpu = torch.device(options.device).type == "cuda"
+    options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
+    options.steps = options.steps or (20 if gpu else 3)
     if options.provider:
         print(json.dumps(measure(options)))
         return

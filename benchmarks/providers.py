@@ -156,12 +156,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def _needs_no_cap(case: Case, name: str) -> None:
+    """A peer that has no soft cap would be timed at less work than the others do."""
+    if case.softcap is not None:
+        raise Unavailable(f"{name} has no soft cap")
+
+
 def _liger(case: Case) -> Step:
     _needs_gpu(case, "liger-kernel")
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
     except ImportError as error:
         raise Unavailable("liger-kernel is not installed") from error
+    _needs_no_cap(case, "liger")
     jsd: Any = LigerFusedLinearJSD(jsd_beta=0.5)
     taught = case.teacher.hidden_NE, case.teacher.head_VE
     return differentiated(case, lambda: jsd(case.hidden_ND, case.head_VD, *taught, None))
@@ -183,6 +190,7 @@ def _quack(case: Case) -> Step:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
     except ImportError as error:
         raise Unavailable("quack-kernels is not installed") from error
+    _needs_no_cap(case, "quack")
     given = case.hidden_ND, case.head_VD, case.labels_N
     return differentiated(case, lambda: chunked_linear_cross_entropy(*given))
 
@@ -192,6 +200,7 @@ def _torch_linear_ce(case: Case) -> Step:
     options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if loss is None or options is None:
         raise Unavailable(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+    _needs_no_cap(case, "torch-linear-ce")
     given = case.hidden_ND, case.head_VD, case.labels_N
     return differentiated(case, lambda: loss(*given, options=options()))
 

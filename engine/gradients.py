@@ -102,6 +102,7 @@ def goal_gram(
                 batch = collate(
                     part.examples[first : first + BATCH], first_only=method.positions == "first"
                 )
+                batch = batch.to(model.device)
                 output = supervised_loss(model, batch, part, method, head, cache, None)
                 output.loss.backward()
                 loss += float(output.loss.detach())

@@ -4,8 +4,9 @@ Forward keeps per row an online (maximum, sum of exponentials); backward recompu
 its slopes in place and multiplies them out at once. Tiles are the outer loop and row blocks the
 inner one, so each tile of dL/dhead is finished in the accumulation dtype and rounded once.
 
-Memory beside gradients: one [n, T] tile a side (n·T <= 2^19), and dL/dhidden in that dtype. FLOPs:
-2NVD forward; backward 2NVD to recompute and 2NVD for each of the two gradients that is wanted.
+Memory beside gradients: one [n, T] tile a side (n·T <= 2^19 on a CPU, 2^24 elsewhere), and
+dL/dhidden in that dtype. FLOPs: 2NVD forward; backward 2NVD to recompute and 2NVD for each of the
+two gradients that is wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unteach.kernels.logit_source import LinearSource, soft_cap_slope
-from unteach.kernels.topk_filter import TILE_ELEMENTS, tile_width
+from unteach.kernels.topk_filter import TILE_ELEMENTS, TILE_IDS
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,24 @@ def softmax_(z: Tensor, log_sum_2N: Tensor) -> Tensor:
     return z.sub_(log_sum_2N[0, :, None]).sub_(log_sum_2N[1, :, None]).exp_()
 
 
-def tiles(vocab: int) -> Iterator[tuple[int, int]]:
+def tiles(vocab: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Ranges of ids."""
-    step = tile_width(1, vocab)
+    step = _tile(vocab, device)[1]
     for start in range(0, vocab, step):
         yield start, min(start + step, vocab)
 
 
-def row_slices(rows: int, vocab: int) -> list[slice]:
-    """Blocks of rows that keep one tile under TILE_ELEMENTS."""
-    step = max(1, TILE_ELEMENTS // tile_width(1, vocab))
+def row_slices(rows: int, vocab: int, device: torch.device) -> list[slice]:
+    """Blocks of rows that keep one tile as small as the device likes it."""
+    step = _tile(vocab, device)[0]
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _tile(vocab: int, device: torch.device) -> tuple[int, int]:
+    """Rows and ids of a tile: one of a core's cache, or one that is worth some fifty launches."""
+    most, ids = (TILE_ELEMENTS, TILE_IDS) if device.type == "cpu" else (1 << 24, 4096)
+    ids = min(ids, vocab)
+    return max(1, most // ids), ids
 
 
 def capped_tile(source: LinearSource, start: int, stop: int, softcap: float | None) -> Tensor:
@@ -108,12 +116,12 @@ def linear_grads(
     """
     head, bias = source.head_VD, source.bias_V
     width = head.shape[1]
-    slices = row_slices(source.rows, vocab)
+    slices = row_slices(source.rows, vocab, source.device)
     blocks = [source.take(rows) for rows in slices]
     grad_ND = _zeros(source, source.rows, width) if wants[0] else None
     grad_VD = torch.zeros_like(head, memory_format=torch.contiguous_format) if wants[1] else None
     grad_V = torch.zeros_like(bias) if wants[2] and bias is not None else None
-    for start, stop in tiles(vocab):
+    for start, stop in tiles(vocab, source.device):
         dw = None
         if grad_VD is not None:
             same = grad_VD.dtype == source.dtype

@@ -79,10 +79,10 @@ class _LinearKL(torch.autograd.Function):
         reference = LinearSource(reference_NE, reference_head_VE, None, scale, dtype)
         kl_N = torch.empty(n, dtype=dtype, device=hidden_ND.device)
         log_sums_4N = torch.empty(4, n, dtype=dtype, device=hidden_ND.device)
-        for rows in row_slices(n, vocab):
+        for rows in row_slices(n, vocab, hidden_ND.device):
             ours, theirs = student.take(rows), reference.take(rows)
             sum_s, sum_r = (OnlineSum(ours.rows, hidden_ND.device) for _ in range(2))
-            for start, stop in tiles(vocab):
+            for start, stop in tiles(vocab, hidden_ND.device):
                 z_s = capped_tile(ours, start, stop, softcap)
                 z_r = capped_tile(theirs, start, stop, softcap)
                 before = sum_s.base_N - sum_r.base_N
@@ -112,7 +112,7 @@ class _LinearKL(torch.autograd.Function):
             held if x is None else x for x, held in zip(saved, ctx.unsaved, strict=True)
         )
         dtype, softcap = accumulation_dtype(hidden_ND), ctx.softcap
-        slices = row_slices(hidden_ND.shape[0], ctx.vocab)
+        slices = row_slices(hidden_ND.shape[0], ctx.vocab, hidden_ND.device)
         source = LinearSource(reference_NE, reference_head_VE, None, ctx.scale, dtype)
         reference = [source.take(rows) for rows in slices]
         grad_N = grad_N.to(dtype)

@@ -4,8 +4,8 @@
 
 The slope is dense, so both directions walk over vocabulary tiles and nothing but the row's
 maximum and log Σ exp above it is kept between them. Floor: 2NVD FLOPs forward, 6NVD backward (4NVD
-with a frozen head); the head read twice per 512 rows. Logits and sums float32, running sums float64
-per row.
+with a frozen head); the head read twice per block of rows (512 on a CPU). Logits and sums float32,
+running sums float64 per row.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class _LinearLogprob(torch.autograd.Function):
         source = LinearSource(hidden_ND, head_VD, bias_V, scale, dtype).take(active_N)
         log_sum_2A = torch.empty(2, source.rows, dtype=dtype, device=hidden_ND.device)
         logp_N = torch.zeros(labels_N.shape[0], dtype=dtype, device=hidden_ND.device)
-        for rows in row_slices(source.rows, v):
+        for rows in row_slices(source.rows, v, source.device):
             here, labels = source.take(rows), labels_A[rows]
             chosen = torch.zeros(labels.shape[0], dtype=dtype, device=hidden_ND.device)
             online = OnlineSum(labels.shape[0], hidden_ND.device)
-            for start, stop in tiles(v):
+            for start, stop in tiles(v, source.device):
                 z = capped_tile(here, start, stop, softcap)
-                row, column = _labels_within(labels, start, stop)
-                chosen[row] = z[row, column]
+                inside, column = _labels_within(labels, start, stop)
+                chosen = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen)
                 online.add_(online.lower_(z))
             log_sum_2A[:, rows] = torch.stack((online.base_N, online.log())).to(dtype)
             logp_N[active_N[rows]] = (chosen.double() - online.base_N - online.log()).to(dtype)
@@ -94,14 +94,13 @@ class _LinearLogprob(torch.autograd.Function):
         dtype, v = accumulation_dtype(hidden_ND), head_VD.shape[0]
         source = LinearSource(hidden_ND, head_VD, bias_V, ctx.scale, dtype).take(active_N)
         grad_A = grad_N[active_N].to(dtype)
-        slices = row_slices(source.rows, v)
+        slices = row_slices(source.rows, v, source.device)
 
         def slopes_(index: int, z: Tensor, start: int, stop: int) -> Tensor:
             rows = slices[index]
             softmax_(z, log_sum_2A[:, rows]).mul_(-grad_A[rows, None])
-            row, column = _labels_within(labels_A[rows], start, stop)
-            z[row, column] += grad_A[rows][row]
-            return z
+            inside, column = _labels_within(labels_A[rows], start, stop)
+            return z.scatter_add_(1, column[:, None], (grad_A[rows] * inside)[:, None])
 
         needs = ctx.needs_input_grad
         grads = linear_grads(
@@ -115,9 +114,9 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _labels_within(labels_A: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Rows whose label falls into a tile, and the column."""
-    rows = ((labels_A >= start) & (labels_A < stop)).nonzero().squeeze(1)
-    return rows, labels_A[rows] - start
+    """Whether each row's label falls into a tile, and its column there, any where it does not."""
+    inside = (labels_A >= start) & (labels_A < stop)
+    return inside, (labels_A - start).clamp(0, stop - start - 1)
 
 
 def linear_logprob(

@@ -71,9 +71,11 @@ def head_grad_triton(
     place_P = torch.arange(total, device=device)
     first = torch.ones(total, dtype=torch.bool, device=device)
     first[1:] = ids_P[1:] != ids_P[:-1]
-    begin_P = torch.where(first, place_P, 0).cummax(0).values
-    last = first.roll(-1)
-    end_P = torch.where(last, place_P + 1, total).flip(0).cummin(0).values.flip(0)
+    # A running maximum would say the same, in one thread block for the whole list.
+    run_P = first.cumsum(0) - 1
+    starts = place_P.new_full((total + 1,), total)
+    starts.scatter_(0, torch.where(first, run_P, total), torch.where(first, place_P, total))
+    begin_P, end_P = starts[run_P], starts[run_P + 1]
     opens = ((place_P - begin_P) % unit == 0) & (ids_P < vocab)
     shared = opens & (end_P - begin_P > unit)
     slots = 2 * (total // unit) + 1

@@ -295,7 +295,7 @@ def relearn_(
     ]
     (part,) = split_step(examples, method)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.relearn_lr, weight_decay=0.0)
-    head, batch = head_of(model, tokenizer), collate(examples)
+    head, batch = head_of(model, tokenizer), collate(examples).to(model.device)
     for _ in range(settings.relearn_steps or 0):
         optimizer.zero_grad()
         supervised_loss(model, batch, part, method, head, None, None).loss.backward()

@@ -72,6 +72,8 @@ class FiniteGuard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, world: World) -> None:
         self.optimizer, self.world = optimizer, world
+        # Where the optimiser looks: a copy that it made itself would not wait for the verdict.
+        self.place = optimizer.param_groups[0]["params"][0].device
         self.bad = torch.zeros((), device=world.device)  # 1 from the first bad step on
         self.unread: list[tuple[int, StepSums, Tensor]] = []
 
@@ -84,7 +86,7 @@ class FiniteGuard:
         self.bad = torch.maximum(self.bad, (~finite).float())
         self.unread.append((step, sums, self.bad))
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
+            self.optimizer.found_inf = self.bad.to(self.place)  # type: ignore[attr-defined]
         else:
             self.settle()
 

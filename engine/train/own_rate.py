@@ -112,7 +112,7 @@ class OwnRate:
         total = torch.zeros((), device=world.device)
         accumulation = self.config.optim.accumulation
         for chosen in rank_batches(part.examples, world.rank, world.size, accumulation):
-            batch = micro_batch(chosen, part, self.config)
+            batch = micro_batch(chosen, part, self.config).to(world.device)
             with compute_dtype(self.config.parallel, world):
                 output = getattr(self.model, LOSS_METHOD)(
                     batch, part, method, self.head, self.cache, None, float(bool(chosen))

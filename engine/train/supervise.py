@@ -110,22 +110,23 @@ def supervised_loss(
     """Forward one micro-batch; the head's weight is read here, where FSDP2 has made it whole.
 
     Args:
+        batch: on the device that computes; offloaded weights of the model may lie elsewhere.
         share: factor of every weight; 0 for a batch that only keeps a rank in step.
     """
-    device = model.device
-    place_BT = None if batch.place_BT is None else batch.place_BT.to(device)
-    hidden_BTD = hidden_states(
-        model, batch.tokens_BT.to(device), batch.prefix_P.to(device), place_BT
-    )
-    hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N.to(device)]
+    device = batch.tokens_BT.device
+    hidden_BTD = hidden_states(model, batch.tokens_BT, batch.prefix_P, batch.place_BT)
+    hidden_ND = hidden_BTD.flatten(0, 1)[batch.position_N]
     hidden_ND = enter_head(model, hidden_ND)
+    if torch.is_autocast_enabled(device.type):
+        # The last norm stays wide; FSDP2 casts what enters the head, one process does so here.
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
     whole = Rows(
         hidden_ND=hidden_ND,
         head_VD=head_weight(model).to(hidden_ND.dtype),
         bias_V=head_bias(model),
         head=head,
-        labels_N=batch.labels_N.to(device),
-        owner_N=batch.example_N.to(device),
+        labels_N=batch.labels_N,
+        owner_N=batch.example_N.to(device, non_blocking=True),
         records=len(batch.examples),
         weight_N=torch.ones(len(batch.labels_N), device=device) * share,
     )
@@ -137,7 +138,8 @@ def supervised_loss(
         rows = _with_cache(_chosen(whole, index_R, weight_R), batch, index_R, term, cache, seeds)
         output = term.loss(rows, method)
         loss = loss + output.loss
-        row_loss_N.index_add_(0, index_R.to(device), output.row_loss_N.float())
+        rows_R = index_R.to(device, non_blocking=True)
+        row_loss_N.index_add_(0, rows_R, output.row_loss_N.float())
         if (
             seeds is not None
             and batch.cache_row_N is not None
@@ -152,10 +154,10 @@ def supervised_loss(
 def _chosen(rows: Rows, index_R: Tensor, weight_R: Tensor) -> Rows:
     """Some of the rows, with the weights of a term; all of them are not copied."""
     device = rows.hidden_ND.device
-    weight_R = weight_R.to(device)
+    weight_R = weight_R.to(device, non_blocking=True)
     if len(index_R) == len(rows.labels_N):
         return replace(rows, weight_N=weight_R)
-    index_R = index_R.to(device)
+    index_R = index_R.to(device, non_blocking=True)
     return replace(
         rows,
         hidden_ND=rows.hidden_ND[index_R],
@@ -184,6 +186,6 @@ def _with_cache(
     return replace(
         rows,
         teacher=cache.teacher(cached, device) if term.reads == "teacher" else None,
-        reference_logp_N=cached.reference_logp_N.to(device),
+        reference_logp_N=cached.reference_logp_N.to(device, non_blocking=True),
         seeds_NS=seeds_RS,
     )

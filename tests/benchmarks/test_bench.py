@@ -257,7 +257,7 @@ def test_rows_have_the_schema(results: Path) -> None:
     for row in rows:
         assert set(row) - {"skipped"} == FIELDS
         assert row["benchmark"] == "bench_bitopk" and row["preset"] == "tiny"
-        if row["provider"] == "cce":
+        if row["provider"] in ("cce", "torch-linear-ce"):  # no GPU here, no soft cap there
             assert row["skipped"] and row["median_ms"] is None
             continue
         assert "skipped" not in row

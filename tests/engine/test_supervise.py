@@ -25,10 +25,16 @@ from unteach.engine.model import (
 from unteach.engine.teacher.build import build_cache
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.teacher.intentions import load_intentions
-from unteach.engine.train import methods
+from unteach.engine.train import methods, supervise
 from unteach.engine.train.methods import find_method, settle
 from unteach.engine.train.seeds import SeedFile
-from unteach.engine.train.supervise import split_step, supervised_loss, term_weights
+from unteach.engine.train.supervise import (
+    _with_cache,
+    split_step,
+    supervised_loss,
+    term_weights,
+)
+from unteach.engine.train.terms import Rows
 from unteach.recipes.tiny import tiny
 
 FORMS = {
@@ -108,6 +114,38 @@ def test_forms_of_the_cache_agree(start: Path, tmp_path: Path, form: str, tolera
     assert grads.keys() == wanted_grads.keys()
     for name, grad in grads.items():
         assert (grad - wanted_grads[name]).norm() <= tolerance * wanted_grads[name].norm(), name
+
+
+def test_where_the_first_weight_lies_says_nothing(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedding that is offloaded and still sharded lies on the host, and the batch does not."""
+    parts = cached(start, tmp_path / "hidden")
+    wanted = loss_and_gradients(start, parts)[0]
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device("meta"))
+    assert loss_and_gradients(start, parts)[0] == wanted
+
+
+def test_autocast_reaches_the_head(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 the largest product of a step would miss the tensor cores."""
+    seen: list[torch.dtype] = []
+
+    def watched(rows: Rows, *given: Any) -> Rows:
+        seen.extend((rows.hidden_ND.dtype, rows.head_VD.dtype))
+        return _with_cache(rows, *given)
+
+    monkeypatch.setattr(supervise, "_with_cache", watched)
+    parts = cached(start, tmp_path / "hidden")
+    wide, wide_grads, _ = loss_and_gradients(start, parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, grads, _ = loss_and_gradients(start, parts)
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert half == pytest.approx(wide, rel=5e-2)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - wide_grads[name]).norm() <= 0.2 * wide_grads[name].norm(), name
 
 
 def test_topk_says_how_much_it_covers(start: Path, tmp_path: Path) -> None:
