@@ -20,7 +20,7 @@ import torch
 
 from unteach.engine.attention import check_attention
 from unteach.engine.checkout import checkout_commit
-from unteach.engine.config import Config, DataConfig, Dtype, TeacherConfig, dump_config
+from unteach.engine.config import Config, DataConfig, Dtype, TeacherConfig, dump_config, load_config
 from unteach.engine.data.assemble import near_duplicates
 from unteach.engine.data.found_prefixes import with_found_prefixes
 from unteach.engine.data.open_questions import with_open_questions
@@ -127,12 +127,29 @@ class Run:
         settings = self.config.model.model_copy(update={"dtype": dtype})
         return load_model(path, settings, device=self.world.device)
 
-    def remember(self) -> None:
-        """Write config.yaml and environment.json, once a stage has work to do and may do it."""
+    @property
+    def remembered(self) -> Config:
+        """What config.yaml says the model was made with; this command's own where there is none."""
+        path = self.folder / "config.yaml"
+        return load_config(path) if path.is_file() else self.config
+
+    def remember(self, config: Config | None = None) -> None:
+        """Write config.yaml and environment.json, once a stage has work to do and may do it.
+
+        Args:
+            config: where it is not the command's own.
+        """
         if self.world.rank == 0:
             _make_folder(self.folder)
-            write_atomic(self.folder / "config.yaml", dump_config(self.config).encode())
+            text = dump_config(self.config if config is None else config)
+            write_atomic(self.folder / "config.yaml", text.encode())
             write_json(self.folder / "environment.json", environment(self.world))
+
+    def remember_scoring(self) -> None:
+        """`remember` for a stage that scores a model: what made it stays as it was."""
+        made = self.remembered
+        data = made.data.model_copy(update={"mmlu": self.config.data.mmlu})
+        self.remember(made.model_copy(update={"evaluate": self.config.evaluate, "data": data}))
 
     @property
     def taught_records(self) -> list[Record]:

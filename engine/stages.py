@@ -28,6 +28,7 @@ from unteach.engine.evaluate.prefix_attack import attack_with_search
 from unteach.engine.evaluate.report import (
     Role,
     cached_evaluation,
+    check_scored,
     print_table,
     write_evaluation,
     write_report,
@@ -290,7 +291,7 @@ def evaluate_stage(run: Run) -> None:
             else:
                 if result is not None:
                     say(f"evaluate {role}: {result.unjudged} answers are unjudged, asked again")
-                run.remember()
+                run.remember_scoring()
                 model = run.load(path, "float32")
                 result = evaluate(
                     config, model, run.tokenizer, run.records, mmlu=mmlu, title=f"evaluate {role}"
@@ -332,12 +333,18 @@ def prefix_stage(run: Run, target: str, *, rounds: int, children: int, per_quest
 
 
 def report_stage(run: Run) -> None:
-    """Write report.md, report.html, the pictures, and the scores into the model card."""
+    """Write report.md, report.html, the pictures, and the scores into the model card.
+
+    Raises:
+        InputError: there are no scores, or other weights than those were scored.
+    """
     if run.world.rank == 0:
-        summary = write_report(run.folder)
         model = run.folder / "model"
         if model.is_dir():
-            write_model_card(model, run.config, summary)
+            check_scored(run.folder, run.fingerprint(str(model)))
+        summary = write_report(run.folder)
+        if model.is_dir():
+            write_model_card(model, run.remembered, summary)
         else:
             say(f"report: {model} is gone, so no model card is written")
         say(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")

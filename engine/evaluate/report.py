@@ -65,6 +65,20 @@ def cached_evaluation(
     return Evaluation(scores, extra, stored["samples"])
 
 
+def check_scored(run_folder: Path, weights: str) -> None:
+    """Refuse to report scores of a model beside the weights of another.
+
+    Raises:
+        InputError: the model was trained again since it was scored.
+    """
+    path = run_folder / "evaluation" / "model.json"
+    if path.is_file() and _stored(path)["weights"] != weights:
+        raise InputError(
+            f"{run_folder / 'model'} is not the model that was scored: `unteach evaluate` scores "
+            "it, then report."
+        )
+
+
 def write_summary(run_folder: Path) -> Summary:
     """Join both evaluations into summary.json and samples.jsonl.
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unteach.engine.config import load_config
+
 
 def unteach(*arguments: str, folder: Path) -> str:
     done = subprocess.run(
@@ -118,3 +120,28 @@ def test_a_damaged_manifest_is_mended_by_the_command_that_its_error_names(
         unteach("teach", "tiny", folder=folder)
     unteach("teach", "tiny", "--rebuild", folder=folder)
     assert digests(folder / "cache") == digests(walked / "cache")
+
+
+def test_scoring_and_reporting_say_what_the_model_was_made_with(
+    walked: Path, tmp_path: Path
+) -> None:
+    """Settings of a later command made nothing, and scores are of the weights beside them."""
+    folder = tmp_path / "run"
+    shutil.copytree(walked, folder)
+    made = load_config(folder / "config.yaml")
+    other = ("--set", "method.name=sft", "--set", "optim.lr=0.5", "--set", "evaluate.few_shot=1")
+    unteach("evaluate", "tiny", *other, folder=folder)
+    after = load_config(folder / "config.yaml")
+    assert after.evaluate.few_shot == 1
+    assert (after.method, after.optim) == (made.method, made.optim)
+    unteach("report", "tiny", "--set", "method.name=ga", folder=folder)
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"`{made.method.name}`" in card and "`ga`" not in card
+    weights = folder / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = subprocess.run(
+        command("report", "tiny", folder=folder), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "is not the model that was scored" in done.stderr
+    assert (folder / "model" / "README.md").read_text(encoding="utf-8") == card
