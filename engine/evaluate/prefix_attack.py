@@ -176,7 +176,7 @@ def draw_attack(curve: Sequence[float], rates: dict[str, Score]) -> bytes:
     left.set_ylabel("log-probability a token of the answer, nats")
     left.grid(color="#e5e5e5")
     for place, (name, score) in enumerate(rates.items()):
-        low, high = score.value - score.low, score.high - score.value
+        low, high = max(0.0, score.value - score.low), max(0.0, score.high - score.value)
         colour = {"none": GREY, "seeds": BLUE}.get(name, ORANGE)
         right.bar(place, score.value, color=colour, yerr=[[low], [high]], capsize=4)
     right.set_xticks(range(len(rates)), list(rates))

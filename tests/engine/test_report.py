@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -275,6 +276,13 @@ def test_what_comes_back_is_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines["Ours"].get_ydata().tolist() == [5.0, 15.0, 25.0]
     assert lines["Ours"].get_color() == ROW_STYLES[2][0]
     assert axes.get_ylim() == (0, 100)
+
+
+def test_seeds_that_agree_have_a_bar_of_no_length() -> None:
+    ninth = 100 / 9
+    assert fmean([ninth] * 3) != ninth
+    drawn = draw_relearning({"Base": {0: [ninth] * 3, 5: [ninth] * 3}})
+    assert drawn is not None and drawn.startswith(b"\x89PNG")
 
 
 def test_what_comes_back_is_read_off_the_trials_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
