@@ -336,10 +336,13 @@ def test_a_row_has_one_name_and_one_style_in_both_pictures_of_a_ranking(
         name: Ranked(name, (Trial(name, 1e-4, 0, "test", "i", "p", total, {}, {}, None),))
         for name, total in totals.items()
     }
-    draw_pictures(Trial("base", None, None, "test", "i", "p", 0.0, {}, {}, None), rows)
+    base = Trial("base", None, None, "test", "i", "p", 0.0, {}, {}, None)
+    draw_pictures(base, rows)
     radar, tradeoff = shown
     assert radar == ["Base", "Ours", "Upper bound (oracle router)", "Full-vocabulary KL", "SFT"]
     assert tradeoff == [*radar, "Ours with DUET's loss"], "a row's place is its style"
+    draw_pictures(base, {"duet-loss": rows["duet-loss"]})
+    assert shown[2] == ["Base", "Ours with DUET's loss"], "where there is no other row"
 
 
 def test_damaged_or_missing_evaluations_say_what_to_do(run: Path) -> None:
