@@ -253,14 +253,17 @@ class Trials:
         config, records, mmlu = self.tests[split]
         load, words = partial(self.run.load, path, "float32"), self.run.tokenizer
         found = evaluate(config, load(), words, records, mmlu=mmlu, title=title, told=told)
-        if found.unjudged and "attack" not in found.scores:
-            raise InputError(
-                f"{config.evaluate.judge_url} judged no attack of {title}: see that the judge "
-                "answers, then give the same command again."
-            )
-        return (
-            stressed(config, load, words, self.stressed_records(split), found) if stress else found
+        silent = InputError(
+            f"{config.evaluate.judge_url} judged no attack of {title}: see that the judge "
+            "answers, then give the same command again."
         )
+        if found.unjudged and "attack" not in found.scores:
+            raise silent
+        if stress:
+            found = stressed(config, load, words, self.stressed_records(split), found)
+            if config.evaluate.searched_prefixes is not None and SEARCHED not in found.extra:
+                raise silent
+        return found
 
     def _row(self, name: str, split: Split, inputs: str, scored: Evaluation) -> Trial:
         """The line of what was scored; nothing is known of a training yet."""
