@@ -100,7 +100,17 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
     """
     settings = config.evaluate
     for name, path in settings.extra_records.items():
-        extra_records(f"evaluate.extra_records.{name}", path)
+        key = f"evaluate.extra_records.{name}"
+        asked = extra_records(key, path)
+        try:
+            _check_goal("forget", config, asked)
+        except InputError as error:
+            raise InputError(f"{key}: {path}: {error}") from error
+    if settings.quantized and not settings.goals:
+        raise InputError(
+            "evaluate.quantized asks the questions of evaluate.goals, and there are none: name a "
+            "goal that has some, or unset evaluate.quantized."
+        )
     if settings.holdout is not None:
         extra_records("evaluate.holdout", settings.holdout)
     read_unseen(settings.open_questions, records)

@@ -168,6 +168,12 @@ def test_a_file_that_cannot_be_scored_is_refused_first(tmp_path: Path) -> None:
     write_records(path, [Record(id="g", goal="general", question="Q?", answer="A")])
     with pytest.raises(InputError, match="'g' is no forget question"):
         check_stresses(config, records())
+    write_records(path, [Record(id="c", goal="forget", question="Q?", answer="Хедвиг")])
+    with pytest.raises(InputError, match=r"^evaluate\.extra_records\.x: .*'c'.* sees no word"):
+        check_stresses(config, records())
+    rounded = override(tiny(), ["evaluate.quantized=[8]", "evaluate.goals=[]"])
+    with pytest.raises(InputError, match=r"evaluate\.quantized asks .* there are none"):
+        check_stresses(rounded, records())
     relearn = override(tiny(), ["evaluate.relearn_steps=1", "evaluate.relearn_rows=[1, 5]"])
     with pytest.raises(InputError, match="asks for 5 forget rows, and 4 are trained on"):
         check_stresses(relearn, records())
