@@ -291,7 +291,11 @@ def relearn_(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
 ) -> None:
-    """A few steps of full fine-tuning on gold answers, all records in every step, in place."""
+    """A few steps of full fine-tuning on gold answers, all records in every step, in place.
+
+    Raises:
+        InputError: the rate is too high, so that nothing of the model is left.
+    """
     settings = config.evaluate
     method = MethodConfig(name="sft")
     examples = [
@@ -305,11 +309,18 @@ def relearn_(
     ]
     (part,) = split_step(examples, method)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.relearn_lr, weight_decay=0.0)
-    head, batch = head_of(model, tokenizer), collate(examples)
+    head, batch, finite = head_of(model, tokenizer), collate(examples), True
     for _ in range(settings.relearn_steps or 0):
         optimizer.zero_grad()
-        supervised_loss(model, batch, part, method, head, None, None).loss.backward()
+        loss = supervised_loss(model, batch, part, method, head, None, None).loss
+        loss.backward()
         optimizer.step()
+        finite &= bool(torch.isfinite(loss))
+    if not finite or not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise InputError(
+            f"Relearning at evaluate.relearn_lr={settings.relearn_lr:g} made weights of NaN or "
+            "inf, which say nothing: lower evaluate.relearn_lr."
+        )
 
 
 def extra_records(key: str, path: str) -> list[Record]:

@@ -81,6 +81,13 @@ def test_relearning_makes_the_gold_answers_likelier(start: str) -> None:
     assert all(b > a + 1 for a, b in zip(before, after, strict=True))
 
 
+def test_relearning_that_breaks_the_model_is_no_forgetting(start: str) -> None:
+    config = override(tiny(), ["evaluate.relearn_steps=5", "evaluate.relearn_lr=1e20"])
+    tokenizer = load_tokenizer(start, config.model)
+    with pytest.raises(InputError, match=r"lower evaluate\.relearn_lr"):
+        relearn_(config, fresh(start), tokenizer, relearned_records(2, records()))
+
+
 def test_min_k_is_the_mean_of_the_least_likely_fifth(start: str) -> None:
     model, tokenizer = fresh(start), load_tokenizer(start, tiny().model)
     chosen = trained_records(records())
