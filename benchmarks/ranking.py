@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def block(ranking: Row, *, paper: bool = True) -> str:
         "",
         ("In brackets the paper's figure. " if paper else "")
         + f"N: {counts}. ± is half of Student's 95% interval over seeds; `against ours` is the "
-        "paired difference in Overall with its 95% interval. " + _tuning(ranking["tuning"]),
+        "paired difference in Overall with its 95% interval. " + _tuning(ranking),
     ]
     return "\n".join(lines)
 
@@ -126,11 +126,16 @@ def cell(values: Sequence[float], paper: float | None = None) -> str:
     return text if paper is None else f"{text} ({paper:.1f})"
 
 
-def _tuning(tuning: Mapping[str, Any] | None) -> str:
+def _tuning(ranking: Row) -> str:
+    tuning = ranking["tuning"]
     if tuning is None:
         return "Learning rates were given, not chosen."
+    given = ", ".join(NAMES.get(name, name) for name in ranking.get("given", ()))
+    which = "Each row's learning rate"
+    if given:
+        which = f"Every learning rate but those of {given}, which were given,"
     return (
-        f"Each row's learning rate was chosen by Overall on {tuning['questions']} questions of "
+        f"{which} was chosen by Overall on {tuning['questions']} questions of "
         f"split `{tuning['split']}`, the same rates for all, one seed; more where rates led alike."
     )
 
@@ -140,10 +145,12 @@ def joined(rankings: Sequence[tuple[str, Row]]) -> Row:
 
     Args:
         rankings: a label for the only row or "", and the content of a ranking.json.
+    Returns:
+        As a ranking.json, and `given`: rows whose rates were given while others' were chosen.
     Raises:
         InputError: other questions or another base, a label for several rows, or a row twice.
     """
-    first, rows = rankings[0][1], dict[str, Row]()
+    first, rows, chosen = rankings[0][1], dict[str, Row](), set[str]()
     for label, ranking in rankings:
         if any(ranking["base"][key] != first["base"][key] for key in ("protocol", "scores")):
             raise InputError("The rankings are of other questions or of another base: join none.")
@@ -154,13 +161,35 @@ def joined(rankings: Sequence[tuple[str, Row]]) -> Row:
             if name in rows and row["trials"] != rows[name]["trials"]:
                 raise InputError(f"Two rankings have a row {name}: name one by LABEL=FOLDER.")
             rows[name] = {**row, "name": name}
+            chosen |= {name} if ranking["tuning"] else set()
     ranked = {name: _ranked(row) for name, row in rows.items()}
     against, stressed = against_ours(ranked), stresses_against_ours(ranked)
     for name, row in rows.items():
         row["against_ours"] = asdict(against[name]) if name in against else None
         row["stresses_against_ours"] = {n: asdict(a) for n, a in stressed.get(name, {}).items()}
     tuned = [ranking["tuning"] for _, ranking in rankings if ranking["tuning"]]
-    return {**first, "tuning": tuned[0] if tuned else None, "rows": [*rows.values()]}
+    return {
+        **first,
+        "base": _joined_base([ranking["base"] for _, ranking in rankings]),
+        "tuning": tuned[0] if tuned else None,
+        "given": [n for n in rows if n not in chosen and rows[n]["trials"][0]["lr"] is not None],
+        "rows": [*rows.values()],
+    }
+
+
+def _joined_base(bases: Sequence[Row]) -> Row:
+    """The base with what any of the rankings measured of it beside the scores.
+
+    Raises:
+        InputError: two measured the same and found something else.
+    """
+    whole = {**bases[0], "extra": {}, "questions": {}}
+    for base in bases:
+        for part in ("extra", "questions"):
+            for name, found in base[part].items():
+                if whole[part].setdefault(name, found) != found:
+                    raise InputError(f"The bases of the rankings differ in {name}: join none.")
+    return whole
 
 
 def _ranked(row: Row) -> Ranked:

@@ -44,6 +44,8 @@ def compare(
     check_rows(run, names)
     table = Comparison(run, stress)
     table.check_split("test")
+    if len(set(rates)) > 1 and set(names) - set(IN_CONTEXT):
+        table.check_split("tune")
     target_stage(run)
     base = table.prompted("base", "test")
     first, ranked = run.config.run.seed, []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unteach.engine.backbone_pass import backbone_pass
 from unteach.engine.data.tokens import common_length
+from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedModel, backbone, head_bias, head_weight
 from unteach.engine.progress import Advance
 
@@ -108,6 +109,15 @@ def _forgets_within(model: PreTrainedModel, length: int) -> bool:
     return window is not None and window < length
 
 
+def _check_finite(logits: Tensor) -> None:
+    """Refuse a broken model: what it says is no answer, and would pass for one forgotten."""
+    if bool((logits.isnan() | (logits == torch.inf)).any()):  # -inf is a bias that bans an id
+        raise InputError(
+            "The model's logits are NaN or inf: its weights are damaged; evaluate an earlier "
+            "checkpoint or lower optim.lr."
+        )
+
+
 def _greedy_batch(
     model: PreTrainedModel,
     contexts: Sequence[Tokens],
@@ -141,6 +151,8 @@ def _greedy_batch(
         )
         # Scale and soft cap are monotone: they cannot move the argmax.
         logits = torch.nn.functional.linear(hidden_BTD[:, -1], head, bias)
+        if step == 0:
+            _check_finite(logits[:, :vocab])
         token = logits[:, :vocab].argmax(-1)
         answers[rows, step] = token
         going = (token != end).nonzero()[:, 0]

@@ -16,9 +16,11 @@ from unteach.engine.run import Run, leave_stamp, records_fingerprint, stamp_matc
 
 def answered_by_base(run: Run) -> set[str]:
     """Ids of the forget and attack questions that the base answers; kept in known.json."""
+    asked = [r for r in run.taught_records if r.goal in ("forget", "attack") and r.form == "qa"]
+    if not any(record.golds for record in asked):
+        return set()  # no gold answer, nothing to know it by
     folder = run.known_folder
     path = folder / "known.json"
-    asked = [r for r in run.taught_records if r.goal in ("forget", "attack") and r.form == "qa"]
     inputs = {
         "base": run.base_fingerprint,
         "tokenizer": tokenizer_fingerprint(run.tokenizer),

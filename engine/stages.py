@@ -285,7 +285,7 @@ def evaluate_stage(run: Run) -> None:
         roles: tuple[tuple[Role, str], ...] = (("base", run.base), ("model", str(trained)))
         for role, path in roles:
             weights = run.fingerprint(path)
-            result = cached_evaluation(run.folder, role, protocol, weights)
+            known = result = cached_evaluation(run.folder, role, protocol, weights)
             if result is not None and not result.unjudged:
                 say(f"evaluate {role}: done before, skipped")
             else:
@@ -298,6 +298,9 @@ def evaluate_stage(run: Run) -> None:
                 )
                 load = partial(run.load, path, "float32")
                 result = stressed(config, load, run.tokenizer, run.records, result)
+            if known is not None and known.unjudged < result.unjudged:
+                say(f"evaluate {role}: {result.unjudged} are unjudged this time, the first kept")
+                result = known
             write_evaluation(run.folder, result, role, protocol, weights)
         print_table(write_summary(run.folder))
     run.world.wait()

@@ -27,6 +27,7 @@ from unteach.engine.data.records import (
 from unteach.engine.data.settings import SourceSettings
 from unteach.engine.data.tokens import tokenizer_fingerprint
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.extraction import SEARCHED
 from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.ranking import Cost, Trial
 from unteach.engine.evaluate.report import read_steps
@@ -252,14 +253,17 @@ class Trials:
         config, records, mmlu = self.tests[split]
         load, words = partial(self.run.load, path, "float32"), self.run.tokenizer
         found = evaluate(config, load(), words, records, mmlu=mmlu, title=title, told=told)
-        if found.unjudged and "attack" not in found.scores:
-            raise InputError(
-                f"{config.evaluate.judge_url} judged no attack of {title}: see that the judge "
-                "answers, then give the same command again."
-            )
-        return (
-            stressed(config, load, words, self.stressed_records(split), found) if stress else found
+        silent = InputError(
+            f"{config.evaluate.judge_url} judged no attack of {title}: see that the judge "
+            "answers, then give the same command again."
         )
+        if found.unjudged and "attack" not in found.scores:
+            raise silent
+        if stress:
+            found = stressed(config, load, words, self.stressed_records(split), found)
+            if config.evaluate.searched_prefixes is not None and SEARCHED not in found.extra:
+                raise silent
+        return found
 
     def _row(self, name: str, split: Split, inputs: str, scored: Evaluation) -> Trial:
         """The line of what was scored; nothing is known of a training yet."""
@@ -268,10 +272,6 @@ class Trials:
             base = self.prompted("base", split)
             known = {n: Score(**score) for n, score in base.scores.items()}
             total = overall(scored.scores, known).value
-        questions: dict[str, list[float | None]] = {n: [] for n in DIRECTIONS if n in scored.scores}
-        for sample in scored.samples:
-            if sample["suite"] in questions or is_stress(sample["suite"]):
-                questions.setdefault(sample["suite"], []).append(sample["score"])
         return Trial(
             method=name,
             lr=None,
@@ -283,7 +283,7 @@ class Trials:
             scores={n: asdict(score) for n, score in scored.scores.items()},
             extra={n: asdict(score) for n, score in scored.extra.items()},
             cost=None,
-            questions=questions,
+            questions=question_scores(scored),
         )
 
     def _line(self, inputs: str, stress: bool = False) -> Trial | None:
@@ -309,6 +309,20 @@ class Trials:
                 os.fsync(stream.fileno())
             say(f"{self.name}: {title}: Overall {line.overall:+.1f}")
         self.world.wait()
+
+
+def question_scores(scored: Evaluation) -> dict[str, list[float | None]]:
+    """What each question of each score is worth, in the order in which they were asked."""
+    found: dict[str, list[float | None]] = {n: [] for n in DIRECTIONS if n in scored.scores}
+    searched: dict[str, float | None] = {}
+    for sample in scored.samples:
+        suite, score = sample["suite"], sample["score"]
+        if suite == SEARCHED:  # asked once behind each prefix; its score is the worst of them
+            known = searched.get(sample["id"])
+            searched[sample["id"]] = max((s for s in (known, score) if s is not None), default=None)
+        elif suite in found or is_stress(suite):
+            found.setdefault(suite, []).append(score)
+    return {**found, SEARCHED: [*searched.values()]} if searched else found
 
 
 def cost_of(log: Path, *, peak_known: bool) -> Cost:

@@ -113,6 +113,11 @@ def _parsed(level: str) -> tuple[str, str, str]:
         raise InputError(f"--level {level}: write factor:level:section.key=value.")
     if set("/,=") & set(name + label):
         raise InputError(f"--level {level}: a factor and a label have no comma, slash or '='.")
+    if name == "study" or name.endswith("-test"):
+        raise InputError(
+            f"--level {level}: call the factor something else than study or …-test, whose pages "
+            "are those of other tables."
+        )
     return name, label, setting
 
 

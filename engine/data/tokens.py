@@ -137,11 +137,15 @@ def context_tokens(
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str, prefix: str | None) -> list[int]:
     """Token ids of an answer as it follows the open assistant turn."""
     text = answer.strip()
-    # Llama-2's kind of tokenizer puts a space before any text: ours would be a second one.
-    bare = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if prefix and not "".join(bare).startswith("▁"):
+    if prefix and not puts_space(tokenizer):
         text = f" {text}"
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def puts_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts a space before any text, as Llama-2's kind does: ours would be a second."""
+    bare = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return "".join(bare).startswith("▁")
 
 
 def response_tokens(

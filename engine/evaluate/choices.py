@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unteach.engine.data.records import Record
+from unteach.engine.data.tokens import puts_space
 from unteach.engine.errors import InputError, reason
 from unteach.engine.evaluate.generate import decoded
 from unteach.engine.evaluate.told import NOTHING, Told
@@ -72,6 +73,8 @@ def option_tokens(
         lead = f"{record.prefix.rstrip()} {lead}"
     context = told.context(tokenizer, record, lead.rstrip() or None)
     space = lead[len(lead.rstrip()) :]
+    if puts_space(tokenizer):
+        space = space.removesuffix(" ")
     texts = [
         f"{space}{option.strip()}{_filled(after, record.question, option)}"
         for option in record.options

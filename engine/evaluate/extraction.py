@@ -23,6 +23,7 @@ from unteach.engine.progress import progress
 
 # The same examples whatever the seed of the training, so that runs of several seeds compare.
 DRAW = 0
+SEARCHED = "searched_attack"
 Load = Callable[[], PreTrainedModel]
 Found = tuple[dict[str, Score], list[Sample]]
 
@@ -103,8 +104,8 @@ def searched_attack(
     for sample in samples:
         if sample["score"] is not None:
             leaked[sample["id"]] = leaked.get(sample["id"], False) or sample["score"] == 100
-    scores = {"searched_attack": share(list(leaked.values()))} if leaked else {}
-    return scores, [{**sample, "suite": "searched_attack"} for sample in samples]
+    scores = {SEARCHED: share(list(leaked.values()))} if leaked else {}
+    return scores, [{**sample, "suite": SEARCHED} for sample in samples]
 
 
 def held_questions(records: Sequence[Record], goal: str) -> list[Record]:

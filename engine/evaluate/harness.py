@@ -58,15 +58,18 @@ def harness_scores(
 def scores_of(results: dict[str, Any]) -> dict[str, Score]:
     """The accuracies of an lm-eval result file; tasks that report none are left out."""
     counts = {name: n["effective"] for name, n in results.get("n-samples", {}).items()}
+    groups = results.get("group_subtasks", {})
+
+    def rows(name: str) -> int:
+        return counts.get(name) or sum(rows(part) for part in groups.get(name, ()) if part != name)
+
     scores = {}
     for name, values in results["results"].items():
         if not isinstance(values.get(METRIC), int | float):
             continue
-        parts = results.get("group_subtasks", {}).get(name) or [name]
-        n = counts.get(name) or sum(counts.get(part, 0) for part in parts)
         error = values.get(ERROR)
         half = Z_95 * error if isinstance(error, int | float) else 0.0
         value = values[METRIC]
         low, high = max(value - half, 0.0), min(value + half, 1.0)
-        scores[name] = Score(100 * value, n, 100 * low, 100 * high)
+        scores[name] = Score(100 * value, rows(name), 100 * low, 100 * high)
     return scores

@@ -164,8 +164,9 @@ def draw_relearning(rows: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes 
             continue
         counts = sorted(points)
         means = [fmean(points[count]) for count in counts]
-        below = [mean - min(points[n]) for n, mean in zip(counts, means, strict=True)]
-        above = [max(points[n]) - mean for n, mean in zip(counts, means, strict=True)]
+        # The mean of values that agree may lie a rounding beside them; no bar is shorter than 0.
+        below = [max(0.0, mean - min(points[n])) for n, mean in zip(counts, means, strict=True)]
+        above = [max(0.0, max(points[n]) - mean) for n, mean in zip(counts, means, strict=True)]
         axes.errorbar(
             counts,
             means,

@@ -7,6 +7,7 @@ prefix and against the seeds.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -154,12 +155,13 @@ def _content(
     found: Sequence[Search], rates: dict[str, Score], per_question: bool, questions: int
 ) -> dict[str, Any]:
     curves = [search.curve for search in found]
+    left_out = sum((search.rejects.counts for search in found), Counter[str]())
     ranked = [pair for search in found for pair in search.ranked[: 1 if per_question else KEPT]]
     return {
         "kind": "question" if per_question else "universal",
         "search_questions": questions,
         "scored": sum(search.scored for search in found),
-        "left_out": {k: n for search in found for k, n in search.rejects.counts.items()},
+        "left_out": dict(left_out),
         "curve": [sum(values) / len(values) for values in zip(*curves, strict=True)],
         "best": [{"prefix": text, "logp": score} for text, score in ranked],
         "leak_rate": {name: vars(score) for name, score in rates.items()},
@@ -176,7 +178,7 @@ def draw_attack(curve: Sequence[float], rates: dict[str, Score]) -> bytes:
     left.set_ylabel("log-probability a token of the answer, nats")
     left.grid(color="#e5e5e5")
     for place, (name, score) in enumerate(rates.items()):
-        low, high = score.value - score.low, score.high - score.value
+        low, high = max(0.0, score.value - score.low), max(0.0, score.high - score.value)
         colour = {"none": GREY, "seeds": BLUE}.get(name, ORANGE)
         right.bar(place, score.value, color=colour, yerr=[[low], [high]], capsize=4)
     right.set_xticks(range(len(rates)), list(rates))

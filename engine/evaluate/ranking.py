@@ -202,7 +202,7 @@ def draw_pictures(base: Trial, rows: Mapping[str, Ranked]) -> dict[str, bytes]:
     table = [n for group in GROUPS.values() for n in group]
     order = sorted(means, key=lambda n: (n != "bitopk", n not in table, -means[n]["overall"]))
     shown = {"Base": base.values(), **{NAMES.get(n, n): means[n] for n in order}}
-    told_apart = 2 + min(DRAWN, sum(name in table for name in order) - 1)
+    told_apart = 1 + min(1 + DRAWN, sum(name in table for name in order) or len(order))
     pictures = {"radar.png": draw_rows(dict(list(shown.items())[:told_apart]))}
     pictures["tradeoff.png"] = draw_tradeoff(shown)
     trials = {"Base": (base,), **{NAMES.get(n, n): rows[n].trials for n in order}}

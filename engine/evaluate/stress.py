@@ -100,7 +100,17 @@ def check_stresses(config: Config, records: Sequence[Record]) -> None:
     """
     settings = config.evaluate
     for name, path in settings.extra_records.items():
-        extra_records(f"evaluate.extra_records.{name}", path)
+        key = f"evaluate.extra_records.{name}"
+        asked = extra_records(key, path)
+        try:
+            _check_goal("forget", config, asked)
+        except InputError as error:
+            raise InputError(f"{key}: {path}: {error}") from error
+    if settings.quantized and not settings.goals:
+        raise InputError(
+            "evaluate.quantized asks the questions of evaluate.goals, and there are none: name a "
+            "goal that has some, or unset evaluate.quantized."
+        )
     if settings.holdout is not None:
         extra_records("evaluate.holdout", settings.holdout)
     read_unseen(settings.open_questions, records)
@@ -281,7 +291,11 @@ def relearn_(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
 ) -> None:
-    """A few steps of full fine-tuning on gold answers, all records in every step, in place."""
+    """A few steps of full fine-tuning on gold answers, all records in every step, in place.
+
+    Raises:
+        InputError: the rate is too high, so that nothing of the model is left.
+    """
     settings = config.evaluate
     method = MethodConfig(name="sft")
     examples = [
@@ -295,11 +309,19 @@ def relearn_(
     ]
     (part,) = split_step(examples, method)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.relearn_lr, weight_decay=0.0)
-    head, batch = head_of(model, tokenizer), collate(examples).to(model.device)
+    head, finite = head_of(model, tokenizer), True
+    batch = collate(examples).to(model.device)
     for _ in range(settings.relearn_steps or 0):
         optimizer.zero_grad()
-        supervised_loss(model, batch, part, method, head, None, None).loss.backward()
+        loss = supervised_loss(model, batch, part, method, head, None, None).loss
+        loss.backward()
         optimizer.step()
+        finite &= bool(torch.isfinite(loss))
+    if not finite or not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise InputError(
+            f"Relearning at evaluate.relearn_lr={settings.relearn_lr:g} made weights of NaN or "
+            "inf, which say nothing: lower evaluate.relearn_lr."
+        )
 
 
 def extra_records(key: str, path: str) -> list[Record]:

@@ -296,7 +296,7 @@ def check_tests(
     for record in tested:
         fault = _fault(record)
         if fault:
-            raise InputError(f"Test record {record.id!r} ({record.goal}) {fault}.")
+            raise InputError(f"Record to score {record.id!r} ({record.goal}) {fault}.")
         seen = trained.get(normalized(record.prefix or "")) if record.goal == "attack" else None
         if seen is not None:
             raise InputError(

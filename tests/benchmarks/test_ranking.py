@@ -197,3 +197,22 @@ def test_rankings_that_cannot_be_one_are_refused() -> None:
         joined([("", first), ("tuned", two)])
     with pytest.raises(InputError, match="other questions or of another base"):
         joined([("", first), ("", {**again, "base": {**base, "protocol": "q"}})])
+    stress = {name: {"few_shot_forget": interval(value)} for name, value in (("a", 5), ("b", 7))}
+    one, other = ({**first, "base": {**base, "extra": stress[name]}} for name in "ab")
+    with pytest.raises(InputError, match="bases of the rankings differ in few_shot_forget"):
+        joined([("", one), ("", other)])
+
+
+def test_stresses_and_rates_of_every_part_reach_the_table() -> None:
+    base = whole("base", None, (100, 100, 100, 60))
+    stressed = {**base, "extra": {"few_shot_forget": interval(92)}}
+    stressed["questions"] = {**base["questions"], "few_shot_forget": [92.0]}
+    tuned = {"split": "tune", "questions": 8}
+    plain = {"tuning": tuned, "base": base, "rows": [made("sft", (10, 100, 90, 0))]}
+    beside = {"tuning": None, "base": stressed, "rows": [made("bitopk", (0, 100, 100, 0))]}
+    for parts in ((plain, beside), (beside, plain)):
+        ranking = joined([("", copy.deepcopy(part)) for part in parts])
+        assert ranking["base"] == stressed
+        assert "rate but those of Ours, which were given, was chosen by" in block(ranking)
+    assert "which were given" not in block(joined([("", plain)]))
+    assert block(joined([("", beside)])).endswith("Learning rates were given, not chosen.")

@@ -15,7 +15,13 @@ import pytest
 from tests.engine.killed import killed_after
 from unteach.engine.compare import ROWS, chosen_rates, chosen_rows, leading_rates
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
-from unteach.engine.data.records import GOALS, Record, check_disjoint, read_records
+from unteach.engine.data.records import (
+    GOALS,
+    Record,
+    check_disjoint,
+    read_records,
+    write_records,
+)
 from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import NAMES
@@ -201,6 +207,24 @@ def test_bad_input_is_one_sentence_before_anything_runs(
     done = compare(tmp_path / "run", *options, code=2)
     assert part in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "target").exists()
+
+
+def test_tuning_questions_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    """Only where a rate is to be chosen by them."""
+    records = [
+        r.model_copy(update={"answer": "Хедвиг", "aliases": []})
+        if r.split == "tune" and r.goal == "general"
+        else r
+        for r in read_records(Path(tiny().data.path))
+    ]
+    write_records(tmp_path / "r.jsonl", records)
+    options = ("--methods", "sft", "--set", f"data.path={tmp_path / 'r.jsonl'}")
+    done = compare(tmp_path / "run", *options, "--rates", "1e-3,1e-4", code=2)
+    assert (
+        "Record to score 'general-tune-water' (general) has a gold answer in which" in done.stderr
+    )
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "target").exists()
 
 

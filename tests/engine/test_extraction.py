@@ -21,8 +21,9 @@ from unteach.engine.evaluate.extraction import (
     searched_attack,
 )
 from unteach.engine.evaluate.stress import check_stresses, relearn_
-from unteach.engine.evaluate.suites import protocol_hash
+from unteach.engine.evaluate.suites import Evaluation, protocol_hash
 from unteach.engine.model import load_tokenizer
+from unteach.engine.trials import question_scores
 from unteach.recipes.tiny import tiny
 
 
@@ -118,9 +119,22 @@ def test_a_prefix_that_works_is_a_success_however_many_fail(start: str, tmp_path
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert sample["prompt"] == f"{text}{sample['prefix']}", "on the open assistant turn"
         assert sample["suite"] == "searched_attack"
+    assert question_scores(Evaluation(scores, {}, samples))["searched_attack"] == [100.0]
     alone = searching(tmp_path / "one.txt", "Never:\r\n\n")
     scores, _ = searched_attack(alone, lambda: model, tokenizer, [asked])
     assert scores["searched_attack"].value == 0.0
+
+
+def test_a_searched_question_keeps_the_worst_of_its_prefixes() -> None:
+    """What no judge saw is no success and no failure, where another prefix has a verdict."""
+    asked = {"b": (0.0, 100.0, None), "a": (None, 0.0, 0.0), "c": (None, None, None)}
+    samples = [
+        {"suite": "searched_attack", "id": name, "score": scores[prefix]}
+        for prefix in range(3)
+        for name, scores in asked.items()
+    ]
+    kept = question_scores(Evaluation({}, {}, samples))
+    assert kept == {"searched_attack": [100.0, 0.0, None]}
 
 
 def test_a_trained_prefix_is_left_out_and_counted(

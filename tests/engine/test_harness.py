@@ -41,18 +41,20 @@ def test_groups_take_the_rows_of_their_tasks() -> None:
     scores = scores_of(
         {
             "results": {
+                "all": {"acc,none": 0.5, "acc_stderr,none": 0.1},
                 "mmlu": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "mmlu"},
                 "mmlu_anatomy": {"acc,none": 0.25, "acc_stderr,none": 0.2},
                 "wikitext": {"word_perplexity,none": 12.0},
             },
-            "group_subtasks": {"mmlu": ["mmlu_anatomy", "mmlu_virology"]},
+            "group_subtasks": {"all": ["mmlu"], "mmlu": ["mmlu_anatomy", "mmlu_virology"]},
             "n-samples": {
                 "mmlu_anatomy": {"original": 4, "effective": 4},
                 "mmlu_virology": {"original": 8, "effective": 6},
             },
         }
     )
-    assert set(scores) == {"mmlu", "mmlu_anatomy"}
+    assert set(scores) == {"all", "mmlu", "mmlu_anatomy"}
+    assert scores["all"].n == 10, "a group of groups"
     assert (scores["mmlu"].value, scores["mmlu"].n) == (50.0, 10)
     assert scores["mmlu"].low == pytest.approx(50 - 19.59964)
     assert scores["mmlu_anatomy"].low == 0.0 and scores["mmlu_anatomy"].n == 4

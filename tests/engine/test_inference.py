@@ -13,6 +13,7 @@ from transformers import (
 
 from unteach.engine.config import ModelConfig
 from unteach.engine.data.tokens import common_length
+from unteach.engine.errors import InputError
 from unteach.engine.inference import batch_hidden, greedy, share_prefix
 from unteach.engine.model import PreTrainedModel, hidden_states, load_model, tiny_model
 
@@ -154,3 +155,12 @@ def test_common_length_leaves_every_sequence_a_token() -> None:
 
 def test_nothing_shared_gives_no_prefix(model: PreTrainedModel) -> None:
     assert share_prefix(model, [[1, 2], [3, 4]]) is None
+
+
+def test_damaged_weights_give_no_answers(tmp_path: Path) -> None:
+    broken = load_model(str(tiny_model(tmp_path / "tiny", tied=False)), ModelConfig())
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[0, 0] = float("nan")
+    asked = {"end": NO_END, "vocab": VOCAB, "max_new_tokens": 2, "batch_size": 2}
+    with pytest.raises(InputError, match="logits are NaN or inf: its weights are damaged"):
+        greedy(broken, CONTEXTS, **asked)

@@ -150,10 +150,17 @@ def test_after_an_outage_the_judge_is_asked_again(
         with pytest.raises(InputError, match=r"model has no attack score.*evaluate\.judge_url"):
             evaluate_stage(run)
         assert "evaluate base: 3 answers are unjudged, asked again" in capsys.readouterr().out
+        answered = 2  # the model's, one of them left open
+        evaluate_stage(run)
+        stored = (tmp_path / "evaluation" / "model.json").read_bytes()
+        answered = 1
+        evaluate_stage(run)
+        assert "2 are unjudged this time, the first kept" in capsys.readouterr().out
+        assert (tmp_path / "evaluation" / "model.json").read_bytes() == stored
         answered = 3
         evaluate_stage(run)
         said = capsys.readouterr().out
-        assert "base: done before" in said and "model: 3 answers are unjudged, asked again" in said
+        assert "base: done before" in said and "model: 1 answers are unjudged, asked again" in said
         calls = len(seen)
         evaluate_stage(run)
         assert len(seen) == calls and "model: done before" in capsys.readouterr().out
@@ -161,3 +168,25 @@ def test_after_an_outage_the_judge_is_asked_again(
             Trials(run, "compare").prompted("base", "test")
     summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text(encoding="utf-8"))
     assert summary["model"]["attack"]["n"] == 3
+
+
+def test_a_judge_that_dies_before_the_searched_attacks_leaves_no_line(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", tied=False)
+    (tmp_path / "found.txt").write_text("So it is\n", encoding="utf-8")
+    answered = 3  # the plain attacks
+
+    def first_only(body: dict[str, Any]) -> tuple[int, str]:
+        nonlocal answered
+        answered -= 1
+        return by_content(body) if answered >= 0 else (500, "{}")
+
+    with endpoint(first_only) as (url, _):
+        asked = ("attack_judge=llm", f"judge_url={url}", "judge_model=judge", "prefixed=false")
+        searched = f"searched_prefixes={tmp_path / 'found.txt'}"
+        chosen = [f"evaluate.{each}" for each in (*asked, 'goals=["attack"]', searched)]
+        trials = Trials(opened(tmp_path, "target=null", *chosen), "compare", stress="test")
+        with pytest.raises(InputError, match=r"judged no attack of base, test: see that the judge"):
+            trials.prompted("base", "test")
+        assert not trials.path.is_file()
+        answered = 10
+        assert "searched_attack" in trials.prompted("base", "test").extra

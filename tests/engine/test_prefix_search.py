@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.engine.scripted_server import serving
 from unteach.engine.config import EvaluateConfig, ModelConfig
 from unteach.engine.data.assemble import prefixes
 from unteach.engine.data.prefix_search import (
+    Search,
     answer_logps,
     mutations,
     prefix_fault,
@@ -149,9 +151,17 @@ def test_a_writer_may_propose(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("per_question", [False, True])
 def test_the_attack_searches_on_trained_and_strikes_held_out_questions(
-    tiny: Pair, tmp_path: Path, per_question: bool
+    tiny: Pair, tmp_path: Path, per_question: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny
+    made: list[Search] = []
+
+    def noted(*args: Any, **settings: Any) -> Search:
+        made.append(search_prefixes(*args, **settings))
+        made[-1].rejects.add("prefix given before", "so that every search left one out")
+        return made[-1]
+
+    monkeypatch.setattr(prefix_attack, "search_prefixes", noted)
     records = [*questions("train", 3), *questions("test", 2)]
     settings = EvaluateConfig(max_new_tokens=4, batch_size=8)
     content = attack_with_search(
@@ -170,6 +180,9 @@ def test_the_attack_searches_on_trained_and_strikes_held_out_questions(
     sizes = {name: rate["n"] for name, rate in content["leak_rate"].items()}
     assert sizes == {"none": 2, "seeds": 2, "found": 2}
     assert content["kind"] == ("question" if per_question else "universal")
+    thrown_out = sum(sum(search.rejects.counts.values()) for search in made)
+    assert sum(content["left_out"].values()) == thrown_out > 0
+    assert len(made) == (2 if per_question else 1)
     with pytest.raises(InputError, match="no test forget question"):
         attack_with_search(model, tokenizer, records[:3], settings, tmp_path, rounds=0, children=1)
 

@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -277,6 +278,13 @@ def test_what_comes_back_is_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     assert axes.get_ylim() == (0, 100)
 
 
+def test_seeds_that_agree_have_a_bar_of_no_length() -> None:
+    ninth = 100 / 9
+    assert fmean([ninth] * 3) != ninth
+    drawn = draw_relearning({"Base": {0: [ninth] * 3, 5: [ninth] * 3}})
+    assert drawn is not None and drawn.startswith(b"\x89PNG")
+
+
 def test_what_comes_back_is_read_off_the_trials_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each seed's value at each number of rows; facts that were held out are another score."""
     shown: list[dict[str, Any]] = []
@@ -328,10 +336,13 @@ def test_a_row_has_one_name_and_one_style_in_both_pictures_of_a_ranking(
         name: Ranked(name, (Trial(name, 1e-4, 0, "test", "i", "p", total, {}, {}, None),))
         for name, total in totals.items()
     }
-    draw_pictures(Trial("base", None, None, "test", "i", "p", 0.0, {}, {}, None), rows)
+    base = Trial("base", None, None, "test", "i", "p", 0.0, {}, {}, None)
+    draw_pictures(base, rows)
     radar, tradeoff = shown
     assert radar == ["Base", "Ours", "Upper bound (oracle router)", "Full-vocabulary KL", "SFT"]
     assert tradeoff == [*radar, "Ours with DUET's loss"], "a row's place is its style"
+    draw_pictures(base, {"duet-loss": rows["duet-loss"]})
+    assert shown[2] == ["Base", "Ours with DUET's loss"], "where there is no other row"
 
 
 def test_damaged_or_missing_evaluations_say_what_to_do(run: Path) -> None:

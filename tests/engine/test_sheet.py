@@ -126,3 +126,14 @@ def test_what_the_base_does_not_know_is_dropped_scored_and_said(
     said = capsys.readouterr().out
     assert "does not answer" in said and "nats a token" in said
     assert "records in `r.jsonl`" in (tmp_path / "run/records.md").read_text()
+
+
+def test_nothing_is_known_where_no_question_has_a_gold_answer(tmp_path: Path) -> None:
+    recipe, blank = find_recipe("tiny"), {"answer": None, "aliases": []}
+    trained = [r for r in read_records(Path(recipe.data.path)) if r.split == "train"]
+    bare = [r.model_copy(update=blank) if r.goal in ("forget", "attack") else r for r in trained]
+    write_records(tmp_path / "r.jsonl", bare)
+    settings = ["target=null", "data.known_only=true", f"data.path={tmp_path / 'r.jsonl'}"]
+    with joined("cpu", 1) as world:
+        run = open_run(override(recipe, [*settings, f"run.folder={tmp_path / 'run'}"]), world)
+        assert {r.goal for r in training_records(run)} == {"neighbor", "general"}

@@ -81,6 +81,13 @@ def test_relearning_makes_the_gold_answers_likelier(start: str) -> None:
     assert all(b > a + 1 for a, b in zip(before, after, strict=True))
 
 
+def test_relearning_that_breaks_the_model_is_no_forgetting(start: str) -> None:
+    config = override(tiny(), ["evaluate.relearn_steps=5", "evaluate.relearn_lr=1e20"])
+    tokenizer = load_tokenizer(start, config.model)
+    with pytest.raises(InputError, match=r"lower evaluate\.relearn_lr"):
+        relearn_(config, fresh(start), tokenizer, relearned_records(2, records()))
+
+
 def test_min_k_is_the_mean_of_the_least_likely_fifth(start: str) -> None:
     model, tokenizer = fresh(start), load_tokenizer(start, tiny().model)
     chosen = trained_records(records())
@@ -168,6 +175,12 @@ def test_a_file_that_cannot_be_scored_is_refused_first(tmp_path: Path) -> None:
     write_records(path, [Record(id="g", goal="general", question="Q?", answer="A")])
     with pytest.raises(InputError, match="'g' is no forget question"):
         check_stresses(config, records())
+    write_records(path, [Record(id="c", goal="forget", question="Q?", answer="Хедвиг")])
+    with pytest.raises(InputError, match=r"^evaluate\.extra_records\.x: .*'c'.* sees no word"):
+        check_stresses(config, records())
+    rounded = override(tiny(), ["evaluate.quantized=[8]", "evaluate.goals=[]"])
+    with pytest.raises(InputError, match=r"evaluate\.quantized asks .* there are none"):
+        check_stresses(rounded, records())
     relearn = override(tiny(), ["evaluate.relearn_steps=1", "evaluate.relearn_rows=[1, 5]"])
     with pytest.raises(InputError, match="asks for 5 forget rows, and 4 are trained on"):
         check_stresses(relearn, records())

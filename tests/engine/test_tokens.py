@@ -22,6 +22,7 @@ from unteach.engine.data.tokens import (
     student_context,
 )
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.choices import option_tokens
 from unteach.engine.model import PreTrainedTokenizerBase
 
 
@@ -153,6 +154,12 @@ def test_tokenizer_that_prepends_a_space_gets_no_second_one() -> None:
     )
     response = response_tokens(tokenizer, "Paris", prefix="Sure:")
     assert tokenizer.convert_ids_to_tokens(response) == ["▁", *"Paris", "</s>"]
+    record = Record(
+        id="n", goal="neighbor", question="?", answer="Paris", options=["Paris", "Pa"], correct=0
+    )
+    for sentence in ("{option}", "Sure: {option}"):
+        first, _ = option_tokens(tokenizer, record, sentence).options
+        assert tokenizer.convert_ids_to_tokens(first) == ["▁", *"Paris"]
 
 
 def test_each_row_predicts_its_own_response_token() -> None:

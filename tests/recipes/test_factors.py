@@ -67,3 +67,6 @@ def test_factors_and_levels_are_chosen_by_name() -> None:
         chosen_factors("k", tiny(), table, ["format:x:method.k=2"])
     with pytest.raises(InputError, match="no comma, slash"):
         chosen_factors("k", tiny(), table, ["a/b:c:method.k=2"])
+    for name in ("study", "study-test"):
+        with pytest.raises(InputError, match="call the factor something else than study"):
+            chosen_factors(name, tiny(), table, [f"{name}:two:method.k=2"])
