@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tests.kernels.oracle import Linear, kl
-from unteach.kernels import dense_tiles
 from unteach.kernels.linear_kl import linear_kl, linear_kl_reference
 
 
@@ -61,16 +60,6 @@ def test_value_and_gradients_match_the_oracle(
     for grad, exact in zip(grads(hidden, head, bias), side.gradients(dz), strict=False):
         bound = (2**-8 if dtype == torch.bfloat16 else 2e-5) * np.abs(exact).max()
         np.testing.assert_allclose(wide(grad), exact, atol=bound)
-
-
-def test_the_tile_of_another_device_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = dense_tiles._tile(5003, torch.device("cpu"))
-    there = dense_tiles._tile(5003, torch.device("cuda"))
-    assert here == (512, 1024) and there == (4096, 4096)
-    monkeypatch.setattr(dense_tiles, "_tile", lambda vocab, device: there)
-    test_value_and_gradients_match_the_oracle(
-        linear_kl, torch.float32, {"softcap": 3.0}, 515, 3, 4, 5003, 5003, None
-    )
 
 
 def test_equal_models_have_no_divergence() -> None:
