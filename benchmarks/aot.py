@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unteach.kernels.triton_launch import (
+    ADAMW_BLOCK,
     ARCHITECTURES,
     EXHAUSTIVE_BLOCK,
     EXHAUSTIVE_KEPT,
@@ -44,6 +45,7 @@ TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Types of arguments by name; what is not listed is a 32-bit integer.
 FLOATS = ("scale", "beta", "gate", "softcap")
+FLOATS_OF_ADAMW = ("lr", "kept", "rest1", "rest2", "log_beta1", "log_beta2", "eps")
 POINTERS = {
     "bias_ptr": "*fp32",
     "part_ptr": "*i64",
@@ -59,8 +61,11 @@ POINTERS = {
     "slope_ptr": "*fp32",
     "slopes_ptr": "*fp32",
     "kept_ptr": "*fp32",
+    "step_ptr": "*fp32",
+    "found_ptr": "*fp32",
 }
-INPUTS = ("x_ptr", "w_ptr")
+INPUTS = ("x_ptr", "w_ptr", "p_ptr", "g_ptr")
+GRADS = ("grad_ptr", "m_ptr", "v_ptr")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Build:
     architecture: str
     constants: dict[str, int | bool]
     dtype: str = "bf16"
-    grad: str | None = None  # type of grad_ptr
+    grad: str | None = None  # type of GRADS
     warps: int = 4
     stages: int = 3
     fusion: bool = True
@@ -109,6 +114,7 @@ def builds(architecture: str, everything: bool) -> Iterator[Build]:
         if everything:
             yield _merge(architecture, k, used=True)
     yield from _rows(architecture, everything)
+    yield from _updates(architecture, everything)
 
 
 def _extract(
@@ -220,6 +226,18 @@ def _rows(architecture: str, everything: bool) -> Iterator[Build]:
         yield Build(f"row_loss u={block}", row_loss_kernel, architecture, constants)
 
 
+def _updates(architecture: str, everything: bool) -> Iterator[Build]:
+    """The optimiser: parameters and moments of 16 and of 32 bits."""
+    from unteach.kernels.adamw_triton import adamw_kernel
+
+    for dtype in ("bf16", "fp32") if everything else ("bf16",):
+        for state in ("bf16", "fp32") if everything else ("bf16",):
+            rounds = {"ROUND_P": dtype == "bf16", "ROUND_STATE": state == "bf16"}
+            constants = {"HAS_FOUND": True, **rounds, "BLOCK": ADAMW_BLOCK}
+            name = f"adamw, moments {state}"
+            yield Build(name, adamw_kernel, architecture, constants, dtype, grad=state)
+
+
 def build(one: Build) -> Report:
     """Compile and look into the result."""
     import triton
@@ -259,11 +277,11 @@ def build(one: Build) -> Report:
 
 
 def _type(name: str, one: Build) -> str:
-    if name in FLOATS:
+    if name in FLOATS + FLOATS_OF_ADAMW:
         return "fp32"
     if name in INPUTS:
         return f"*{one.dtype}"
-    if name == "grad_ptr":
+    if name in GRADS:
         return f"*{one.grad}"
     if name.endswith("_ptr"):
         return POINTERS.get(name, "*i32")

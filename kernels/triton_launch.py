@@ -89,6 +89,8 @@ EXHAUSTIVE_WARPS = 8
 # Gathered rows of a step, and columns of a program, in sparse gradients.
 GATHER_BLOCK = 16
 GRAD_COLUMNS = 1024
+# Elements of a program of the optimiser: 16 bytes of bf16 a thread.
+ADAMW_BLOCK = 1024
 
 
 def have_triton() -> bool:

@@ -5,7 +5,8 @@ Rounding to nearest would lose what is smaller than half a unit in the last plac
 both on average: x goes up with the probability of its place between its two bf16 neighbours.
 
 The noise is a hash of seed, step, tensor and element, not a generator's state: the same on any
-number of ranks, the same after a resume. Arithmetic is float32, a slice of a tensor at a time.
+number of ranks, the same after a resume. Arithmetic is float32: on a GPU one kernel for a tensor
+(`kernels/adamw_triton.py`), elsewhere torch's operations, a slice of a tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-SLICE = 1 << 22  # elements that are float32 at a time
+from unteach.kernels.checks import choose_backend
+
+SLICE = 1 << 17  # elements that are float32 at a time: some twenty such arrays stay in a cache
 MASK = 0xFFFF  # the mantissa bits of float32 that bf16 lacks
 
 
@@ -76,19 +79,38 @@ class LeanAdamW(torch.optim.Optimizer):
         skipped = self.found_inf
         taken = 1.0 if skipped is None else 1.0 - skipped.to(state["step"].device)
         state["step"] += taken
-        tensors = [parameter, state["exp_avg"], state["exp_avg_sq"]]
+        tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
         assert parameter.grad is not None
-        flat = [*(_local(t).view(-1) for t in tensors), _local(parameter.grad).reshape(-1)]
-        first = _first_element(parameter)
-        for start in range(0, flat[0].numel(), SLICE):
-            part = [t[start : start + SLICE] for t in flat]
-            p, m, v, g = (t.float() for t in part)
-            new = _adamw(p, m, v, g, state["step"], group)
-            for index, (old, value) in enumerate(zip(part[:3], new, strict=True)):
-                if skipped is not None:
-                    value = torch.where(skipped.to(value.device) > 0, old.float(), value)
-                key = (self.seed, state["step"], 3 * number + index)
-                old.copy_(rounded(value, old.dtype, first + start, key))
+        p, m, v = (_local(t).view(-1) for t in tensors)
+        flat = (p, m, v, _local(parameter.grad).reshape(-1))
+        place = _first_element(parameter), _salt(self.seed, number)
+        if choose_backend("auto", *flat) == "triton":
+            from unteach.kernels.adamw_triton import adamw_triton  # triton may not be installed
+
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            adamw_triton(flat, state["step"], skipped, **options, place=place)
+        else:
+            _in_slices(flat, state["step"], skipped, group, place)
+
+
+def _in_slices(
+    flat: tuple[Tensor, ...],
+    step: Tensor,
+    skipped: Tensor | None,
+    group: dict[str, Any],
+    place: tuple[int, int],
+) -> None:
+    """By torch's operations; `place` is the number of the first element, and the tensor's salt."""
+    if skipped is not None and float(skipped) > 0:
+        return
+    for start in range(0, flat[0].numel(), SLICE):
+        part = [t[start : start + SLICE] for t in flat]
+        p, m, v, g = (t.float() for t in part)
+        new = _adamw(p, m, v, g, step, group)
+        rounds = torch.bfloat16 in (part[0].dtype, part[1].dtype)
+        chance = noise(len(p), place[0] + start, place[1], step) if rounds else (p, m, v)
+        for old, value, drawn in zip(part[:3], new, chance, strict=True):
+            old.copy_(rounded(value, drawn) if old.dtype == torch.bfloat16 else value)
 
 
 def _adamw(
@@ -103,32 +125,38 @@ def _adamw(
     return p, m, v
 
 
-def rounded(value: Tensor, dtype: torch.dtype, first: int, key: tuple[int, Tensor, int]) -> Tensor:
-    """float32 values in `dtype`: as they are, or rounded stochastically to bf16.
+def rounded(value: Tensor, drawn: Tensor) -> Tensor:
+    """float32 values as bf16, up where the 16 bits that go and those drawn come to 2^16."""
+    bits = value.view(torch.int32).add(drawn).bitwise_and_(~MASK)
+    # A NaN whose bits ran over stays one; a select would cost more than all the rest on a CPU.
+    return bits.view(torch.float32).add_(value.clamp(-1, 1), alpha=0).to(torch.bfloat16)
+
+
+def noise(count: int, first: int, salt: int, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For parameter and both moments int32 [count], uniform from 0 to 65535.
 
     Args:
         first: number of the first element in its whole tensor.
-        key: seed, step (0-d, on the device) and number of the tensor.
+        salt: of the tensor.
+        step: 0-d.
     """
-    if dtype != torch.bfloat16:
-        return value.to(dtype)
-    bits = value.contiguous().view(torch.int32) + noise(value.numel(), first, key, value.device)
-    return torch.where(value.isfinite(), (bits & ~MASK).view(torch.float32), value).to(dtype)
+    x = torch.arange(count, dtype=torch.int32, device=step.device)
+    x = _mixed(x.add_(_wrapped(first + salt)))
+    x = _mixed(x.add_((step.long() * 0x27D4EB2F).to(torch.int32)))
+    low, high = x & MASK, (x >> 16).bitwise_and_(MASK)
+    return low, high, _mixed(x.add_(_wrapped(0x9E3779B9))).bitwise_and_(MASK)
 
 
-def noise(count: int, first: int, key: tuple[int, Tensor, int], device: torch.device) -> Tensor:
-    """int32 [count], uniform from 0 to 65535: a 32-bit hash of element, seed, step and tensor."""
-    seed, step, tensor = key
-    x = torch.arange(first, first + count, device=device).to(torch.int32)
-    x = _mixed(x + _wrapped(seed * 0x9E3779B1 + tensor * 0x85EBCA77))
-    return _mixed(x + (step.to(device).long() * 0x27D4EB2F).to(torch.int32)) & MASK
+def _salt(seed: int, tensor: int) -> int:
+    """What sets the noise of a tensor apart, as an int32."""
+    return _wrapped(seed * 0x9E3779B1 + tensor * 0x85EBCA77)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Wellons' lowbias32: every input bit flips every output bit with probability one half."""
-    x = (x ^ (x >> 16 & MASK)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * _wrapped(0x846CA68B)
-    return x ^ (x >> 16 & MASK)
+    """Wellons' lowbias32, in place: every bit flips every other with probability one half."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(MASK)).mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_wrapped(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(MASK))
 
 
 def _wrapped(value: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unteach.benchmarks import (
+    bench_adamw,
     bench_bitopk,
     bench_linear_logprob,
     bench_linear_topk,
@@ -275,6 +276,14 @@ def test_topk_rows_have_the_schema(tmp_path: Path) -> None:
     ]
     assert all(row["loss_error"] < 1e-5 for row in rows if row["same_loss"])
     assert not rows[-1]["same_loss"]
+
+
+def test_optimiser_rows_have_the_schema(tmp_path: Path) -> None:
+    bench_adamw.main(["--elements", "5000", "--rounds", "3", "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / "bench_adamw.jsonl")
+    assert [row["provider"] for row in rows] == list(bench_adamw.PROVIDERS)
+    assert all(row["elements"] == 5000 and row["median_ms"] > 0 for row in rows)
+    assert rows[3]["floor_ms"] == pytest.approx(2 * rows[0]["floor_ms"])  # 28 and 14 bytes
 
 
 def test_memory_of_a_step_stands_in_the_readme(tmp_path: Path) -> None:
