@@ -157,6 +157,7 @@ def renamed_into_place(folder: Path) -> Iterator[Path]:
     What a killed writer of the same folder left beside it is removed.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    replaced = partial.with_suffix(".old.partial")
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -166,14 +167,15 @@ def renamed_into_place(folder: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # aside first: a kill finds it missing for a moment at most
+            folder.rename(replaced)
         partial.rename(folder)
         fsync_folder(folder.parent)
     except OSError as error:
         raise InputError(unwritable(folder, error)) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def unwritable(path: Path, error: OSError) -> str:

@@ -14,6 +14,7 @@ from unteach.engine.data.sheet import write_sheet
 from unteach.engine.data.sources import collect, hub_repo
 from unteach.engine.errors import InputError
 from unteach.engine.files import (
+    alone_in,
     check_apart,
     check_own,
     read_json,
@@ -43,10 +44,14 @@ def prepare(settings: SourceSettings, folder: Path) -> None:
     """
     if settings.source is None:
         return
-    output = folder / "data"
-    check_apart(output, "data.path", settings.path)
+    check_apart(folder / "data", "data.path", settings.path)
     for name in settings.beside:
-        check_apart(output, "data.beside", name)
+        check_apart(folder / "data", "data.beside", name)
+    with alone_in(folder, "data", wait=True):
+        _prepare(settings, folder / "data")
+
+
+def _prepare(settings: SourceSettings, output: Path) -> None:
     inputs = _inputs(settings)
     if (output / "source.json").is_file():
         before = read_json(output / "source.json")["inputs"]

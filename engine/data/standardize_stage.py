@@ -21,7 +21,7 @@ from unteach.engine.data.texts import read_passages
 from unteach.engine.data.writer import Writer, open_writer
 from unteach.engine.device import pick_device
 from unteach.engine.errors import InputError
-from unteach.engine.files import check_apart, check_own, renamed_into_place, unwritable
+from unteach.engine.files import alone_in, check_apart, check_own, renamed_into_place
 from unteach.engine.model import load_model, load_tokenizer, resolve_model
 from unteach.engine.progress import progress, say
 
@@ -34,13 +34,15 @@ def standardize(config: Config) -> Path:
     Returns:
         The file of records, for `data.path`.
     Raises:
-        InputError: no text, no record, a writer that cannot be used, or a folder that is not ours.
+        InputError: no text, no record, a writer that cannot be used, a folder that is not ours, or
+            one that another process writes to.
     """
-    settings, folder = config.standardize, Path(config.run.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(unwritable(folder, error)) from error
+    with alone_in(Path(config.run.folder), "standardize"):
+        return _standardize(config, Path(config.run.folder))
+
+
+def _standardize(config: Config, folder: Path) -> Path:
+    settings = config.standardize
     output, prompts = folder / "standardized", load_prompts(settings.prompts)
     check_apart(output, "standardize.forget", settings.forget)
     check_apart(output, "standardize.general", settings.general)

@@ -9,7 +9,7 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
@@ -152,6 +152,27 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path: Path) -> None:
     with renamed_into_place(tmp_path / "model") as partial:
         (partial / "a").write_text("1")
     assert not left.exists() and other.exists() and (tmp_path / "model" / "a").exists()
+
+
+def test_a_folder_is_whole_whenever_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is replaced is never seen half removed, and nothing of it stays."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_text("old")
+    seen, remove = [], shutil.rmtree
+
+    def removing(path: Path, **options: Any) -> None:
+        seen.append(sorted(p.read_text() for p in folder.iterdir()))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    with renamed_into_place(folder) as partial:
+        (partial / "a").write_text("new")
+    assert seen and all(texts == ["new"] for texts in seen)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_stage_is_free_again_when_it_ended(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -459,6 +461,24 @@ def test_the_stage_writes_records_sheet_and_rejects_once(
     save(path / "forget10.jsonl", qa("forget", 19))
     with pytest.raises(InputError, match="was made with another path"):
         prepare(settings, run)
+
+
+def test_two_preparations_at_once_read_the_source_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def slow(*arguments: Any, **options: Any) -> Collected:
+        read.append(1)
+        time.sleep(0.3)
+        return collect(*arguments, **options)
+
+    monkeypatch.setattr("unteach.engine.data.prepare.collect", slow)
+    settings = SourceSettings(source="tofu", path=str(folder_of("tofu", tmp_path)))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: prepare(settings, tmp_path / "run"), range(2)))
+    assert len(read) == 1
+    assert read_records(prepared(settings, tmp_path / "run"))
 
 
 def test_records_files_go_through_as_they_are(tmp_path: Path) -> None:

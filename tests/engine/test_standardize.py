@@ -212,6 +212,8 @@ def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None
         while len(server.asked) < 12:
             assert child.poll() is None
             time.sleep(0.01)
+        with pytest.raises(InputError, match="Another unteach command is at stage standardize"):
+            standardize(config)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert not (tmp_path / "run/standardized").exists()
