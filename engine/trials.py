@@ -185,12 +185,14 @@ class Trials:
         Raises:
             InputError: a setting that no trial may have, or one that cannot be used.
         """
-        asked = override(self.run.asked, settings)
-        for section in type(asked).model_fields:
-            same = getattr(asked, section) == getattr(self.run.asked, section)
-            if section not in SECTIONS and not same:
+        own, asked = self.run.asked, override(self.run.asked, settings)
+        others = [n for n in type(asked).model_fields if getattr(asked, n) != getattr(own, n)]
+        if asked.data.mmlu != own.data.mmlu:
+            others.append("data.mmlu")
+        for name in others:
+            if name not in SECTIONS:
                 raise InputError(
-                    f"A trial cannot set {section} ({', '.join(settings)}): all trials share the "
+                    f"A trial cannot set {name} ({', '.join(settings)}): all trials share the "
                     "base and the scores; give --set to the whole command in another run.folder."
                 )
         asked = asked.model_copy(

@@ -196,6 +196,7 @@ def test_a_trial_is_what_makes_it_and_not_how_it_was_asked_for(plain: Run) -> No
         ("model.path=x", "Factor k, level 9: A trial cannot set model"),
         ("run.seed=1", "Factor k, level 9: A trial cannot set run"),
         ("evaluate.batch_size=1", "Factor k, level 9: A trial cannot set evaluate"),
+        ("data.mmlu=x.jsonl", r"Factor k, level 9: A trial cannot set data\.mmlu"),
         ("data.mix.forget=0", "Factor k, level 9: Method graddiff needs records of goal forget"),
     ],
 )
