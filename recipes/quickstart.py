@@ -45,7 +45,7 @@ def quickstart() -> Config:
         ),
         optim=OptimConfig(
             lr=3e-4,
-            steps=120,
+            steps=150,
             warmup_steps=5,
             schedule="linear",
             betas=(0.9, 0.95),

@@ -60,9 +60,9 @@ def test_open_questions_are_like_none_that_is_scored(records: list[Record]) -> N
     assert CONFIG.data.open_questions is not None and unseen is not None
     together, ids = with_open_questions(records, Path(CONFIG.data.open_questions))
     assert Counter(r.goal for r in together if r.id in ids) == {
-        "forget": 48,
-        "neighbor": 227,
-        "general": 245,
+        "forget": 120,
+        "neighbor": 332,
+        "general": 294,
     }
     assert not near_duplicates([*together, *read_records(Path(unseen))])
 
