@@ -120,7 +120,8 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlim(-3, 103)
     axes.set_xlabel("refused, % (the topic should be, the others should not)")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.01), ncols=4, fontsize=8, frameon=False)
+    # of the figure, so that long names beside the axes push no part of it out
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
