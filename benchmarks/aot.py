@@ -44,8 +44,8 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Types of arguments by name; what is not listed is a 32-bit integer.
-FLOATS = ("scale", "beta", "gate", "softcap")
-FLOATS_OF_ADAMW = ("lr", "kept", "rest1", "rest2", "log_beta1", "log_beta2", "eps")
+FLOATS = {"scale", "beta", "gate", "softcap"}
+FLOATS |= {"lr", "kept", "rest1", "rest2", "log_beta1", "log_beta2", "eps"}
 POINTERS = {
     "bias_ptr": "*fp32",
     "part_ptr": "*i64",
@@ -65,7 +65,7 @@ POINTERS = {
     "found_ptr": "*fp32",
 }
 INPUTS = ("x_ptr", "w_ptr", "p_ptr", "g_ptr")
-GRADS = ("grad_ptr", "m_ptr", "v_ptr")
+WRITTEN = ("grad_ptr", "m_ptr", "v_ptr")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Build:
     architecture: str
     constants: dict[str, int | bool]
     dtype: str = "bf16"
-    grad: str | None = None  # type of GRADS
+    grad: str | None = None  # type of WRITTEN
     warps: int = 4
     stages: int = 3
     fusion: bool = True
@@ -277,11 +277,11 @@ def build(one: Build) -> Report:
 
 
 def _type(name: str, one: Build) -> str:
-    if name in FLOATS + FLOATS_OF_ADAMW:
+    if name in FLOATS:
         return "fp32"
     if name in INPUTS:
         return f"*{one.dtype}"
-    if name in GRADS:
+    if name in WRITTEN:
         return f"*{one.grad}"
     if name.endswith("_ptr"):
         return POINTERS.get(name, "*i32")

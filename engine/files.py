@@ -19,6 +19,8 @@ from unteach.engine.errors import InputError
 
 # What a file system that knows no locks answers: nobody can be kept out there.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+# How the name of a folder ends that another is about to take the place of.
+REPLACED = ".old.partial"
 
 
 def sha256_of(path: Path) -> str:
@@ -154,12 +156,11 @@ def alone_in(folder: Path, stage: str, *, wait: bool = False) -> Iterator[None]:
 def renamed_into_place(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends without error.
 
-    What a killed writer of the same folder left beside it is removed.
+    What a killed writer of the same folder left beside it is removed, or put back where nothing
+    took its place.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    replaced = partial.with_suffix(".old.partial")
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    _sweep(folder, "*")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -168,13 +169,22 @@ def renamed_into_place(folder: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if folder.exists():  # aside first: a kill finds it missing for a moment at most
-            folder.rename(replaced)
+            folder.rename(partial.with_suffix(REPLACED))
         partial.rename(folder)
         fsync_folder(folder.parent)
     except OSError as error:
         raise InputError(unwritable(folder, error)) from error
     finally:
-        for left in (partial, replaced):
+        _sweep(folder, str(os.getpid()))
+
+
+def _sweep(folder: Path, writer: str) -> None:
+    """Leave nothing half written or replaced beside a folder by this writer, or by any (`*`)."""
+    name = f".{glob.escape(folder.name)}.{writer}"
+    for left in [*folder.parent.glob(f"{name}.partial"), *folder.parent.glob(name + REPLACED)]:
+        if left.name.endswith(REPLACED) and not folder.exists():
+            left.rename(folder)
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 

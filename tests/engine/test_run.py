@@ -175,6 +175,29 @@ def test_a_folder_is_whole_whenever_it_is_there(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_nothing_took_the_place_of_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """The second of the two renames fails, or never came."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    if killed:
+        folder.rename(tmp_path / ".model.4711.old.partial")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == folder and not self.name.endswith(".old.partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(InputError, match="cannot be written"), renamed_into_place(folder) as made:
+        (made / "a").write_text("new")
+    assert list(tmp_path.iterdir()) == [folder] and (folder / "a").read_text() == "old"
+
+
 def test_a_stage_is_free_again_when_it_ended(tmp_path: Path) -> None:
     with alone_in(tmp_path, "train"):
         with alone_in(tmp_path, "teach"):
