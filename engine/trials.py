@@ -231,7 +231,7 @@ class Trials:
                 "data.path, and set data.source=null."
             )
         records = [r for r in read_records(Path(data.path)) if r.split == "train"]
-        check_disjoint([*records, *(r for r in self.run.records if r.split == "test")])
+        check_disjoint([*records, *(r for r in self.run.records if r.split != "train")])
         return records
 
     def _reads_others(self, data: DataConfig) -> bool:

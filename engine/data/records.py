@@ -163,31 +163,29 @@ def question_key(question: str) -> str:
 
 
 def check_disjoint(records: Sequence[Record]) -> None:
-    """Refuse test questions that are trained or tuned on, and attack tests that forget asks.
+    """Refuse questions that are asked in two splits, and attack tests that forget asks.
 
     Raises:
         InputError: names both records.
     """
     asked = [r for r in records if r.form == "qa"]
-    seen = {
-        question_key(r.question): r
-        for split in ("tune", "train")
-        for r in asked
-        if r.split == split
-    }
+    trained = {question_key(r.question): r for r in asked if r.split == "train"}
+    seen = {question_key(r.question): r for r in asked if r.split == "tune"} | trained
     forget = {
         question_key(r.question): r for r in records if r.split == "test" and r.goal == "forget"
     }
     for record in records:
-        if record.split != "test":
+        if record.split == "train":
             continue
-        other = seen.get(question_key(record.question))
-        if other is None and record.goal == "attack":
-            other = forget.get(question_key(record.question))
+        key = question_key(record.question)
+        other = (seen if record.split == "test" else trained).get(key)
+        if other is None and record.split == "test" and record.goal == "attack":
+            other = forget.get(key)
         if other is not None:
             raise InputError(
-                f"Test record {record.id!r} asks the question of {other.split} record "
-                f"{other.id!r}: scores would be flattered, so reword or remove one of them."
+                f"{record.split.capitalize()} record {record.id!r} asks the question of "
+                f"{other.split} record {other.id!r}: scores would be flattered, so reword or "
+                "remove one of them."
             )
 
 

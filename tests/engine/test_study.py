@@ -206,7 +206,7 @@ def test_a_level_that_cannot_be_run_is_named(plain: Run, setting: str, part: str
         planned_levels(Trials(run, "study"), Factor("k", {"2": (), "9": (setting,)}))
 
 
-def test_other_records_may_not_ask_a_test_question(plain: Run, tmp_path: Path) -> None:
+def test_other_records_may_not_ask_a_held_question(plain: Run, tmp_path: Path) -> None:
     trials, records = Trials(plain, "study"), plain.records
     path = tmp_path / "other.jsonl"
     train = [r for r in records if r.split == "train" and r.anchor_of is None]
@@ -214,10 +214,11 @@ def test_other_records_may_not_ask_a_test_question(plain: Run, tmp_path: Path) -
     cell = trials.cell((f"data.path={path}",), 0)
     assert [r.id for r in cell.records] == [r.id for r in train]
     assert cell.known_folder == cell.folder, "what the base knows of them is theirs"
-    asked = next(r for r in records if r.split == "test" and r.goal == "forget")
-    write_records(path, [*train, asked.model_copy(update={"split": "train", "id": "mine"})])
-    with pytest.raises(InputError, match="scores would be flattered"):
-        trials.cell((f"data.path={path}",), 0)
+    for split in ("test", "tune"):
+        asked = next(r for r in records if r.split == split and r.goal == "forget")
+        write_records(path, [*train, asked.model_copy(update={"split": "train", "id": "mine"})])
+        with pytest.raises(InputError, match=f"{split.capitalize()} record .* be flattered"):
+            trials.cell((f"data.path={path}",), 0)
     with pytest.raises(InputError, match="cannot read source tofu"):
         trials.cell(("data.source=tofu",), 0)
 
