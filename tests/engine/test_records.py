@@ -146,9 +146,15 @@ def test_any_bytes_are_read_or_refused(
 
 def test_shared_questions_between_splits_are_refused() -> None:
     train = Record(**row(question="Who is the King?"))
-    other = Record(**row(id="b", question="who is  a king", split="test"))
-    with pytest.raises(InputError, match="'b' asks the question of train record 'a'"):
+    other, tune = (
+        Record(**row(id="b", question="who is  a king", split=s)) for s in ("test", "tune")
+    )
+    with pytest.raises(InputError, match="Test record 'b' asks the question of train record 'a'"):
         check_disjoint([train, other])
+    with pytest.raises(InputError, match="Tune record 'b' asks the question of train record 'a'"):
+        check_disjoint([train, tune])
+    with pytest.raises(InputError, match="'b' asks the question of tune record 'b'"):
+        check_disjoint([tune, other])
     forget = Record(**row(id="c", question="Where?", split="test"))
     attack = Record(**row(id="d", question="Where", goal="attack", prefix="So", split="test"))
     with pytest.raises(InputError, match="'d' asks the question of test record 'c'"):
