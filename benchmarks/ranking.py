@@ -36,7 +36,7 @@ from unteach.engine.evaluate.ranking import (
     stresses_against_ours,
 )
 from unteach.engine.evaluate.scores import seed_interval
-from unteach.engine.evaluate.stress_tables import robustness, stress_table
+from unteach.engine.evaluate.stress_tables import free_answers, robustness, stress_table
 
 DOCS = README.parent / "docs"
 # Forget, General, Neighbor, ASR, MMLU, Overall.
@@ -87,16 +87,26 @@ def block(ranking: Row, *, paper: bool = True) -> str:
 
 def robustness_block(ranking: Row) -> str:
     """Markdown: a line for each stress, a column for the base and each row that has it."""
-    rows = {
-        NAMES.get(row["name"], row["name"]): [trial["extra"] for trial in row["trials"]]
-        for row in ranking["rows"]
-    }
     apart = {
         NAMES.get(row["name"], row["name"]): row.get("stresses_against_ours") or {}
         for row in ranking["rows"]
     }
-    lines = robustness({"Base": [ranking["base"]["extra"]], **rows})
+    lines = robustness(_extras(ranking))
     return "\n".join([*lines, *stress_table({name: each for name, each in apart.items() if each})])
+
+
+def free_block(ranking: Row) -> str:
+    """Markdown: what the base and each row say where no options are given; may be empty."""
+    return "\n".join(free_answers(_extras(ranking)))
+
+
+def _extras(ranking: Row) -> dict[str, list[dict[str, Any]]]:
+    """What stands beside the scores of the base and of each row, one a seed."""
+    rows = {
+        NAMES.get(row["name"], row["name"]): [trial["extra"] for trial in row["trials"]]
+        for row in ranking["rows"]
+    }
+    return {"Base": [ranking["base"]["extra"]], **rows}
 
 
 def _line(row: Row, kind: str, scores: Sequence[str], paper: bool) -> str:
@@ -229,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks = {"ranking": (block(ranking), block(ranking, paper=False))}
     if any(map(is_stress, ranking["base"]["extra"])):
         blocks["robustness"] = (robustness_block(ranking),) * 2
+    if f"<!-- free:{options.name} -->" in (options.docs / "results.md").read_text(encoding="utf-8"):
+        blocks["free"] = (free_block(ranking),) * 2
     for kind, (in_docs, in_readme) in blocks.items():
         begin, end = (f"<!-- {mark}{kind}:{options.name} -->" for mark in ("", "/"))
         rewrite(options.docs / "results.md", in_docs, begin, end)

@@ -13,7 +13,12 @@ from unteach.engine.evaluate.headings import is_stress
 from unteach.engine.evaluate.paired import Difference, Questions, paired_difference
 from unteach.engine.evaluate.pictures import draw_relearning, draw_rows, draw_tradeoff
 from unteach.engine.evaluate.scores import DIRECTIONS, seed_interval
-from unteach.engine.evaluate.stress_tables import robustness, stress_differences, stress_table
+from unteach.engine.evaluate.stress_tables import (
+    free_answers,
+    robustness,
+    stress_differences,
+    stress_table,
+)
 from unteach.engine.evaluate.tuning import Tuning
 from unteach.engine.files import write_atomic, write_json
 
@@ -49,6 +54,10 @@ GROUPS = {
     "same teacher, same data": ("kl-teacher", "eq3", "bitopk"),
 }
 ABLATION = ("bitopk", "duet-loss", "bild-loss")
+FREELY = (
+    "Overall counts options that are picked and answers that are gone. Here stands whether the "
+    "topic is refused or talked past, and what is said where no options are given."
+)
 DRAWN = 5  # rows of the radar beside base and ours: more cannot be told apart
 
 
@@ -247,8 +256,10 @@ def ranking_page(
     if any(name in rows for name in ABLATION[1:]):
         lines += ["", "## Table 2: the loss alone changed", ""]
         lines += _table(base, names, rows, against, ABLATION)
+    extras = {NAMES.get(n, n): [t.extra for t in r.trials] for n, r in rows.items()}
+    if said := free_answers({"Base": [base.extra], **extras}):
+        lines += ["", "## What is said freely", "", FREELY, "", *said]
     if any(map(is_stress, base.extra)):
-        trained = {NAMES.get(n, n): [t.extra for t in r.trials] for n, r in rows.items()}
         lines += [
             "",
             "## Robustness",
@@ -257,7 +268,7 @@ def ranking_page(
             "measured, or of one seed the 95% interval of its questions. Rows in context train "
             "nothing: who has their weights has the base.",
             "",
-            *robustness({"Base": [base.extra], **trained}),
+            *robustness({"Base": [base.extra], **extras}),
             *stress_table(
                 {
                     NAMES.get(n, n): {s: asdict(a) for s, a in found.items()}

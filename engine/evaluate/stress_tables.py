@@ -1,4 +1,6 @@
-"""What is left of forgetting after each stress, as tables: scores, and who is better, by what."""
+"""What is left of forgetting after each stress, and what is said freely, as tables: scores, and who
+is better, by what.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from unteach.engine.evaluate.headings import ARROWS, heading_of, is_stress, place_of
 from unteach.engine.evaluate.paired import Difference, Questions, paired_difference
 from unteach.engine.evaluate.scores import seed_interval
+
+FREE = (
+    "forget_refused",
+    "attack_refused",
+    "neighbor_recall",
+    "general_prefixed",
+    "neighbor_prefixed",
+    "unended",
+)
 
 
 def stresses_of(rows: Iterable[Iterable[str]]) -> list[str]:
@@ -20,12 +31,32 @@ def robustness(extras: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]
     Args:
         extras: what stands beside the scores, by the name of the model, one a seed; the base first.
     """
-    stresses = stresses_of(next(iter(extras.values())))
-    measured = {name: rows for name, rows in extras.items() if set(stresses) & {*stresses_of(rows)}}
+    return _table(extras, stresses_of(next(iter(extras.values()))))
+
+
+def free_answers(extras: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> list[str]:
+    """As `robustness`, of what a model says where no options are given; empty where none has it.
+
+    Overall cannot see it: who talks nonsense about the topic picks no right option and refuses
+    nothing, and may answer the neighbors alike.
+    """
+    found = {name for rows in extras.values() for row in rows for name in row}
+    return _table(extras, names) if (names := [name for name in FREE if name in found]) else []
+
+
+def _table(
+    extras: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]], names: Sequence[str]
+) -> list[str]:
+    """A line a name, a column for each model that has any of them."""
+    measured = {
+        label: rows
+        for label, rows in extras.items()
+        if any(n in row for row in rows for n in names)
+    }
     lines = [f"| | N | {' | '.join(measured)} |", "| --- | ---: |" + " ---: |" * len(measured)]
-    for stress in stresses:
-        words, direction = heading_of(stress)
-        scores = [[row[stress] for row in rows if stress in row] for rows in measured.values()]
+    for name in names:
+        words, direction = heading_of(name)
+        scores = [[row[name] for row in rows if name in row] for rows in measured.values()]
         count = next(f"{found[0]['n']}" for found in scores if found)
         cells = " | ".join(map(stress_cell, scores))
         lines.append(f"| {words} {ARROWS[direction]} | {count} | {cells} |")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from unteach.benchmarks.ranking import PAPER, block, joined, main, robustness_block
+from unteach.benchmarks.ranking import PAPER, block, free_block, joined, main, robustness_block
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.ranking import HEADINGS, Ranked, Trial, stresses_against_ours
 from unteach.engine.evaluate.scores import Score, overall
@@ -52,6 +52,23 @@ def test_each_cell_stands_beside_the_papers() -> None:
     assert "| 2.0 | 99.0 | 97.0 | 0.0 | 30.0 | 163.0 |" in ours
     assert lines.index(sft) < lines.index(ours)
     assert "160 questions of split `tune`" in lines[-1]
+
+
+def test_what_is_said_freely_stands_beside_what_overall_counts() -> None:
+    """A model that talks nonsense picks like ours, and neither refuses nor answers."""
+    said = copy.deepcopy(RANKING)
+    assert free_block(said) == "", "nobody was asked"
+    said["base"]["extra"] = {"neighbor_recall": interval(100), "unended": interval(1)}
+    (sft,) = (row for row in said["rows"] if row["name"] == "sft")
+    for trial, value in zip(sft["trials"], (50, 54), strict=True):
+        trial["extra"] = {"neighbor_recall": interval(value), "forget_refused": interval(value)}
+    assert free_block(said).splitlines() == [
+        "| | N | Base | SFT |",
+        "| --- | ---: | ---: | ---: |",
+        "| Refused, forget ↑ | 80 | — | 52.0 ± 25.4 |",
+        "| Neighbor, open answer ↑ | 80 | 100.0 [99.0–101.0] | 52.0 ± 25.4 |",
+        "| Cut at the longest answer  | 80 | 1.0 [0.0–2.0] | — |",
+    ]
 
 
 def test_stresses_stand_in_a_line_each() -> None:
@@ -148,7 +165,8 @@ def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     text = "before\n<!-- ranking:w -->\nold\n<!-- /ranking:w -->\nafter\n"
-    (docs / "results.md").write_text(text)
+    said = "<!-- free:w -->\nold\n<!-- /free:w -->\n"
+    (docs / "results.md").write_text(text + said)
     readme = tmp_path / "README.md"
     readme.write_text(text.replace(":w", ":quickstart"))
     where = ["--docs", str(docs), "--readme", str(readme)]
@@ -160,7 +178,7 @@ def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
     table = readme.read_text()
     assert "| | Base | | 100.0 | 100.0 | 100.0 | 60.0 | 0.0 | |" in table and "paper" not in table
     page = (docs / "results.md").read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert page.startswith("before\n") and "after\n<!-- free:w -->" in page and "old" not in page
     assert "| Ours | 1 | 0.0 | 100.0 | 100.0 | 0.0 |" in page
     kept = (docs / "results" / "w.jsonl").read_text()
     assert kept == (tmp_path / "run" / "compare" / "rows.jsonl").read_text()

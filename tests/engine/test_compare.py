@@ -127,6 +127,8 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
     page = (folder / "compare" / "ranking.md").read_text(encoding="utf-8")
     assert f"chosen by Overall on {asked} questions of split `tune`;" in page
     assert "## Robustness" not in page
+    said = page.split("## What is said freely")[1].split("##")[0]
+    assert f"| | N | Base | {NAMES[row['name']]} |" in said and "| Refused, forget ↑ |" in said
     costs = [t.cost for t in trials if t.method == "sft" and t.cost is not None]
     assert len({cost.tokens for cost in costs}) >= 1 and all(c.peak_mib for c in costs)
 
