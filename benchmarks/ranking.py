@@ -239,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks = {"ranking": (block(ranking), block(ranking, paper=False))}
     if any(map(is_stress, ranking["base"]["extra"])):
         blocks["robustness"] = (robustness_block(ranking),) * 2
-    if f"<!-- free:{options.name} -->" in (options.docs / "results.md").read_text(encoding="utf-8"):
-        blocks["free"] = (free_block(ranking),) * 2
+    if said := free_block(ranking):
+        blocks["free"] = (said, said)
     for kind, (in_docs, in_readme) in blocks.items():
         begin, end = (f"<!-- {mark}{kind}:{options.name} -->" for mark in ("", "/"))
         rewrite(options.docs / "results.md", in_docs, begin, end)

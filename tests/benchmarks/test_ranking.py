@@ -170,7 +170,9 @@ def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text.replace(":w", ":quickstart"))
     where = ["--docs", str(docs), "--readme", str(readme)]
-    run = written(tmp_path / "run", made("bitopk", (0, 100, 100, 0)))
+    ours = made("bitopk", (0, 100, 100, 0))
+    ours["trials"][0]["extra"] = {"unended": interval(40)}
+    run = written(tmp_path / "run", ours)
     main([run, "--name", "w", *where])
     assert "old" in readme.read_text(), "no block of this name"
     readme.write_text(text)
@@ -179,6 +181,7 @@ def test_rows_and_table_reach_the_docs(tmp_path: Path) -> None:
     assert "| | Base | | 100.0 | 100.0 | 100.0 | 60.0 | 0.0 | |" in table and "paper" not in table
     page = (docs / "results.md").read_text()
     assert page.startswith("before\n") and "after\n<!-- free:w -->" in page and "old" not in page
+    assert "| Cut at the longest answer  | 80 | 40.0 [39.0–41.0] |" in page
     assert "| Ours | 1 | 0.0 | 100.0 | 100.0 | 0.0 |" in page
     kept = (docs / "results" / "w.jsonl").read_text()
     assert kept == (tmp_path / "run" / "compare" / "rows.jsonl").read_text()
