@@ -279,7 +279,9 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    folder: str = Field("runs/unteach", description="where everything of this run is written")
+    folder: str = Field(
+        "runs/unteach", min_length=1, description="where everything of this run is written"
+    )
     seed: int = Field(0, ge=0, description="seed of every random choice")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
     threads: int | None = Field(None, ge=1, description="CPU threads of each process")

@@ -47,7 +47,7 @@ def unknown_key(name: str, names: Collection[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6) or [
         full for full in names if difflib.get_close_matches(last, [full.split(".")[1]], cutoff=0.75)
     ]
-    hint = f"; did you mean {near[0]}?" if near else "; `unteach run --help` shows where to look."
+    hint = f"; did you mean {near[0]}?" if near else "; `unteach recipes RECIPE` lists every key."
     return f"There is no config key {name}{hint}"
 
 

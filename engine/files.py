@@ -71,6 +71,25 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise InputError(unwritable(path, error)) from error
 
 
+def sweep_partials(folder: Path) -> None:
+    """Remove what killed processes had half written for `write_atomic`, up to three levels down."""
+    for depth in range(4):
+        for left in folder.glob("*/" * depth + ".*.partial"):
+            process = left.suffixes[-2][1:] if len(left.suffixes) > 1 else ""
+            if left.is_file() and process.isdecimal() and not _runs(int(process)):
+                left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of indented JSON."""
     text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False)

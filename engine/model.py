@@ -363,6 +363,8 @@ def tiny_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
     """A random 2-layer Llama with a byte tokenizer, for tests, CI and documentation."""
     if (folder / "config.json").is_file():
         return folder
+    if folder.exists():  # it is renamed into place whole
+        raise InputError(f"{folder} holds no tiny model: remove it, or choose another run.folder.")
     tokenizer = byte_tokenizer()
     shape = LlamaConfig(
         vocab_size=len(tokenizer),

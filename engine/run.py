@@ -38,6 +38,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.files import (
     model_fingerprint,
     read_json,
+    sweep_partials,
     unwritable,
     write_atomic,
     write_json,
@@ -135,6 +136,8 @@ class Run:
     def remember(self, config: Config | None = None) -> None:
         """Write config.yaml and environment.json, once a stage has work to do and may do it.
 
+        A command that is refused must leave those of what it was refused for.
+
         Args:
             config: where it is not the command's own.
         """
@@ -195,6 +198,7 @@ def open_run(config: Config, world: World) -> Run:
     intentions = configured_intentions(config.teacher)
     if world.rank == 0:
         _make_folder(folder)
+        sweep_partials(folder)
         if config.data.source is None:
             near = near_duplicates(records)
             sheet = folder / "records.md"

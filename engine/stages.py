@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from unteach.engine.config import Response
 from unteach.engine.data.prefix_search import written
@@ -30,6 +31,7 @@ from unteach.engine.evaluate.report import (
     cached_evaluation,
     check_scored,
     print_table,
+    read_steps,
     write_evaluation,
     write_report,
     write_summary,
@@ -41,13 +43,13 @@ from unteach.engine.knowledge import answered_by_base
 from unteach.engine.progress import say
 from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
 from unteach.engine.teacher.build import build_cache
-from unteach.engine.teacher.cache import TeacherCache
+from unteach.engine.teacher.cache import TeacherCache, check_fingerprints
 from unteach.engine.teacher.manifest import cache_fingerprints, read_manifest
 from unteach.engine.teacher.verify import verify_cache
+from unteach.engine.train.checkpoint import check_folder
 from unteach.engine.train.loop import Job, train
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.optim import check_trainable
-from unteach.engine.train.parallel import World
 from unteach.engine.train.target import target_config, target_streams
 
 _REFUSED_PASSAGE = ("refusal", "passage")
@@ -81,9 +83,9 @@ def target_stage(run: Run) -> None:
     if stamp_matches(run.folder, "target", inputs, output):
         say("target: done before, skipped")
         return
-    run.remember()
     streams = target_streams(config, run.tokenizer, run.taught_records, run.intentions)
     _train_alone(
+        run,
         Job(
             title="target",
             config=target_config(config, streams),
@@ -94,16 +96,17 @@ def target_stage(run: Run) -> None:
             folder=run.folder / "target",
             fingerprint=inputs,
         ),
-        run.world,
     )
     if run.world.rank == 0:
         leave_stamp(run.folder, "target", inputs, output)
     run.world.wait()
 
 
-def _train_alone(job: Job, world: World) -> None:
-    with alone_in(job.folder, "train") if world.rank == 0 else nullcontext():
-        train(job, world)
+def _train_alone(run: Run, job: Job) -> None:
+    with alone_in(job.folder, "train") if run.world.rank == 0 else nullcontext():
+        check_folder(job.folder, job.fingerprint)
+        run.remember()
+        train(job, run.world)
 
 
 def training_records(run: Run) -> list[Record]:
@@ -138,14 +141,16 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
     records = [record for record in training_records(run) if record.goal in goals]
     folder = run.cache_folder
     manifest = None if rebuild else read_manifest(folder)  # a damaged one is no obstacle to another
+    fingerprints = cache_fingerprints(
+        run.config, run.tokenizer, records, run.intentions, run.base_fingerprint
+    )
     if manifest is not None and manifest.complete:
-        fingerprints = cache_fingerprints(
-            run.config, run.tokenizer, records, run.intentions, run.base_fingerprint
-        )
         say("teach: done before, skipped")
         return TeacherCache.open(folder, expected=fingerprints)
-    run.remember()
     with alone_in(folder.parent, f"teach.{folder.name}") if run.world.rank == 0 else nullcontext():
+        if manifest is not None:
+            check_fingerprints(folder, manifest, fingerprints)
+        run.remember()
         return build_cache(
             run.config,
             run.load(run.base, run.config.teacher.dtype),
@@ -161,7 +166,13 @@ def teach_stage(run: Run, *, rebuild: bool = False) -> TeacherCache:
 def training_cache(run: Run) -> TeacherCache | None:
     """The cache that the method trains from; None where records and refusal text are enough."""
     if find_method(run.config.method.name).needs_cache(run.config.teacher):
-        return teach_stage(run)
+        cache = teach_stage(run)
+        if cache.manifest.approximate:
+            say(
+                f"teach: form {cache.manifest.form} of the cache is approximate; "
+                "teacher.form=hidden is exact"
+            )
+        return cache
     say(f"teach: method {run.config.method.name} needs no teacher, skipped")
     return None
 
@@ -186,8 +197,8 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
     if stamp_matches(run.folder, "train", inputs, output):
         say("train: done before, skipped")
         return
-    run.remember()
     _train_alone(
+        run,
         Job(
             title=f"train {config.method.name}",
             config=config,
@@ -199,10 +210,16 @@ def train_stage(run: Run, cache: TeacherCache | None) -> None:
             fingerprint=inputs,
             frozen=run.frozen,
         ),
-        run.world,
     )
     if run.world.rank == 0:
         leave_stamp(run.folder, "train", inputs, output)
+        if cache is not None and cache.manifest.form == "topk":
+            covered = fmean(line["coverage"] for line in read_steps(run.folder / "train.jsonl"))
+            if covered < 1:
+                say(
+                    f"train: the cache knew {covered:.1%} of the student's top-K ids; the others "
+                    "carried no loss (a larger teacher.top covers more)"
+                )
     run.world.wait()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 
 from unteach.engine.config import Config
 from unteach.engine.errors import InputError
@@ -40,3 +41,21 @@ def find_recipe(name: str) -> Config:
 def summary(name: str) -> str:
     """The first line of a recipe's docstring."""
     return (inspect.getdoc(RECIPES[name]) or "").splitlines()[0]
+
+
+def described_settings(name: str) -> Iterator[str]:
+    """Every setting of a recipe as `section.key=value`, as --set takes it, and what it is.
+
+    Raises:
+        InputError: no such recipe.
+    """
+    config = find_recipe(name)
+    values = config.model_dump(mode="json")
+    for section in type(config).model_fields:
+        if values[section] is None:
+            yield f"{section}=null"
+            continue
+        for key, field in type(getattr(config, section)).model_fields.items():
+            value = values[section][key]
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield f"{section}.{key}={text}  # {field.description}"

@@ -40,13 +40,21 @@ Stress = Annotated[
 
 
 @app.command()
-def recipes() -> None:
-    """List what can be run, one line each.
+def recipes(
+    recipe: Annotated[
+        str | None, typer.Argument(help="print every setting of this one, as --set takes it")
+    ] = None,
+) -> None:
+    """List what can be run, or the settings of a recipe, one line each.
 
-    Example: unteach recipes
+    Example: unteach recipes quickstart
     """
-    from unteach.recipes.catalog import RECIPES, summary
+    from unteach.recipes.catalog import RECIPES, described_settings, summary
 
+    if recipe is not None:
+        for line in described_settings(recipe):
+            typer.echo(line)
+        return
     width = max(len(name) for name in RECIPES)
     for name in RECIPES:
         typer.echo(f"{name:<{width}}  {summary(name)}")

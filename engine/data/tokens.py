@@ -22,8 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from unteach.engine.data.records import GOALS, Goal, Record
 from unteach.engine.errors import InputError
 
-IGNORED = -100
-
 # What a chat template that prints today's date is told, so that a cache made on one day is trained
 # on the next with the same contexts. It is the date that Llama's templates fall back to.
 TODAY = date(2024, 7, 26)
@@ -42,7 +40,7 @@ class Example:
     Attributes:
         first_row: where the record's rows begin in the teacher cache, None without a cache.
         shared: how many tokens at the beginning of `context` a batch may run once for all.
-        says: whose answer the response is (teacher, gold or refusal); None = nobody asks.
+        says: whose answer the response is (teacher, gold, refusal or own); None = nobody asks.
     """
 
     record_id: str

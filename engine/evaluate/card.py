@@ -17,7 +17,7 @@ tags: [unlearning, unteach]
 
 # An unlearned model
 
-Made from `{base}` by unteach, method `{method}`: it was trained {trained}.
+Made from `{base}` by unteach, method `{method}` ({summary}): it was trained {trained}.
 What a model no longer says is not deleted: do not rely on it alone where a leak would do harm.
 
 | score | base | this model | n |
@@ -42,6 +42,7 @@ def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -
     text = CARD.format(
         base=config.model.path,
         method=config.method.name,
+        summary=find_method(config.method.name).summary,
         trained=what_was_trained(config),
         rows="\n".join(rows),
         overall=summary["overall"],

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unteach.engine.config import TeacherConfig
+from unteach.engine.context_length import check_lengths
 from unteach.engine.data.records import Goal, Record
 from unteach.engine.data.tokens import (
     end_token,
@@ -116,9 +117,11 @@ class Teacher:
         An open question has the model's own answer, without any intention, to be kept as it is.
 
         Raises:
-            InputError: a gold response is asked of a record that has no answer.
+            InputError: a gold response is asked of a record that has no answer, or a record is
+                longer than the model reads.
         """
         contexts = [teacher_context(self.tokenizer, r, self.told(r)) for r in records]
+        check_lengths(self.model, zip((r.id for r in records), map(len, contexts), strict=True))
         thoughts = self._think(records, contexts)
         responses: list[Tokens] = [[] for _ in records]
         asked = [i for i, record in enumerate(records) if self.generates(record)]
@@ -217,6 +220,7 @@ class Teacher:
         contexts = [lessons[i].prompted if prompted else lessons[i].plain for i in todo]
         lines = [c + lessons[i].response[:-1] for c, i in zip(contexts, todo, strict=True)]
         records = [lessons[i].record for i in todo]
+        check_lengths(self.model, zip((r.id for r in records), map(len, lines), strict=True))
         for shared, group in self._shared(records, contexts, prompted=prompted):
             order = sorted(group, key=lambda j: (len(lines[j]), lines[j]))
             for first in range(0, len(order), self.config.batch_size):

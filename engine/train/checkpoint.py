@@ -194,13 +194,7 @@ def resume(
         return 0
     newest = _newest_whole(folder, found, world)
     note = _read_note(newest)
-    stored = note["fingerprint"]
-    changed = [key for key in {**stored, **fingerprint} if stored.get(key) != fingerprint.get(key)]
-    if changed:
-        raise InputError(
-            f"Checkpoint {newest} was made with another {', '.join(sorted(changed))}: use another "
-            f"run.folder, or remove {folder} to train afresh."
-        )
+    _check_same(newest, note, fingerprint)
     state = _state(model, optimizer, trainable)
     try:
         with _no_warning_alone():
@@ -213,6 +207,37 @@ def resume(
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return int(note["step"])
+
+
+def check_folder(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Refuse a folder that another training would spoil, before anything is written to it.
+
+    Raises:
+        InputError: the notes of its checkpoints are of another training, or no training made the
+            model that this one would replace.
+    """
+    model = folder / "model"
+    if model.exists() and not (folder / "train.jsonl").exists():
+        raise InputError(
+            f"{model} is to be replaced and no training of {folder} made it: move it elsewhere, or "
+            "choose another run.folder."
+        )
+    for path in finished_checkpoints(folder / "checkpoints"):
+        try:
+            note = _read_note(path)
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged, which `resume` tells
+        _check_same(path, note, fingerprint)
+
+
+def _check_same(checkpoint: Path, note: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    stored = note["fingerprint"]
+    changed = [key for key in {**stored, **fingerprint} if stored.get(key) != fingerprint.get(key)]
+    if changed:
+        raise InputError(
+            f"Checkpoint {checkpoint} was made with another {', '.join(sorted(changed))}: use "
+            f"another run.folder, or remove {checkpoint.parent} to train afresh."
+        )
 
 
 def model_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -241,8 +266,7 @@ def _newest_whole(folder: Path, found: Sequence[Path], world: World) -> Path:
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint on disk, None where nothing is."""
     try:
-        # A mark without the list, as version 0.1.0 wrote it, is taken at its word.
-        files: Files = _read_note(checkpoint).get("files", {})
+        files: Files = _read_note(checkpoint)["files"]
         for name, written in files.items():
             path = checkpoint / name
             if path.stat().st_size != written["bytes"] or sha256_of(path) != written["sha256"]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unteach.engine.config import Config
+from unteach.engine.context_length import check_lengths
 from unteach.engine.data.sampler import Stream, draw, rank_batches, share_contexts
 from unteach.engine.model import (
     Head,
@@ -163,6 +164,8 @@ def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[s
     """Choose what trains, checkpoint activations, compile, shard, load: in this order."""
     find_method(job.config.method.name)
     model, files = base_model(job, world)
+    examples = (example for stream in job.streams for example in stream.examples)
+    check_lengths(model, ((e.record_id, len(e.context) + len(e.response)) for e in examples))
     trainable = choose_trainable(model, job.config.optim)
     head = head_of(model, job.tokenizer)
     setattr(model, LOSS_METHOD, types.MethodType(supervised_loss, model))

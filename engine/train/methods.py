@@ -81,6 +81,7 @@ class Method:
     """A row of the table.
 
     Attributes:
+        summary: what it does, for whoever reads a model card.
         terms: the loss is their sum; where gradients are combined, each has a gradient of its own.
         routing: the teacher's, where the method fixes it.
         settings: `method` keys that the row fixes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -93,20 +94,33 @@ def test_without_a_whole_checkpoint_the_start_is_refused(start: str, tmp_path: P
         training.resume()
 
 
-def test_what_a_mark_without_files_cannot_vouch_for_is_one_sentence(
-    start: str, tmp_path: Path
-) -> None:
-    """Marks of earlier versions list no files: what DCP cannot load is refused all the same."""
+def test_what_was_written_but_cannot_be_loaded_is_one_sentence(start: str, tmp_path: Path) -> None:
+    """A checkpoint of another torch, say: every file is as it was written, and DCP refuses it."""
     training = Training(start, tmp_path / "checkpoints")
     training.save(5)
-    mark = training.folder / "step-000005" / COMPLETE
+    checkpoint = training.folder / "step-000005"
+    cut(checkpoint)
+    mark = checkpoint / COMPLETE
+    note = json.loads(mark.read_text(encoding="utf-8"))
+    for name, written in note["files"].items():
+        content = (checkpoint / name).read_bytes()
+        written |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    mark.write_text(json.dumps(note), encoding="utf-8")
+    with pytest.raises(InputError, match=r"step-000005 cannot be loaded \(.*\): remove it"):
+        training.resume()
+
+
+def test_a_mark_without_its_list_of_files_vouches_for_nothing(
+    start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(start, tmp_path / "checkpoints")
+    training.save(5, 10)
+    mark = training.folder / "step-000010" / COMPLETE
     note = json.loads(mark.read_text(encoding="utf-8"))
     del note["files"]
     mark.write_text(json.dumps(note), encoding="utf-8")
     assert training.resume() == 5
-    cut(training.folder / "step-000005")
-    with pytest.raises(InputError, match=r"step-000005 cannot be loaded \(.*\): remove it"):
-        training.resume()
+    assert "step-000010 is damaged" in capsys.readouterr().out
 
 
 def test_a_course_given_up_is_removed_and_never_the_checkpoint_just_written(

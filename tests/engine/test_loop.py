@@ -162,25 +162,38 @@ def test_two_ranks_are_one_rank(whole: Path, tmp_path: Path, settings: tuple[str
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("ranks", "settings"),
     [
-        (),
-        ("parallel.checkpointing=full", "data.pack_tokens=300"),
-        ("parallel.checkpointing=selective", HSDP),
+        (2, ()),
+        (2, ("parallel.checkpointing=full", "data.pack_tokens=300")),
+        (4, ("parallel.checkpointing=selective", HSDP)),  # two replicas of two shards
     ],
     ids=["plain", "recomputing-packed", "hsdp"],
 )
 def test_no_way_to_spread_the_work_changes_it(
-    whole: Path, tmp_path: Path, settings: tuple[str, ...]
+    whole: Path, tmp_path: Path, ranks: int, settings: tuple[str, ...]
 ) -> None:
     folder = taught(whole, tmp_path / "run")
-    run(folder, *settings, ranks=2)
+    run(folder, *settings, ranks=ranks)
     assert_same_training(whole, folder)
 
 
 def test_accumulation_is_one_batch(whole: Path, tmp_path: Path) -> None:
     run(taught(whole, tmp_path / "run"), "optim.accumulation=3")
     assert_same_training(whole, tmp_path / "run")
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_as_the_cpu_does(whole: Path, tmp_path: Path) -> None:
+    run(taught(whole, tmp_path / "run"), "run.device=cuda")
+    assert_same_training(whole, tmp_path / "run", tolerance=1e-3, weights_tolerance=1e-2)
+
+
+@pytest.mark.distributed
+def test_two_gpus_train_as_one_does(whole: Path, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        run(taught(whole, tmp_path / f"{ranks}"), "run.device=cuda", ranks=ranks)
+    assert_same_training(tmp_path / "1", tmp_path / "2", tolerance=1e-4, weights_tolerance=1e-3)
 
 
 def test_whole_walk_on_two_ranks_is_that_on_one(whole: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from unteach.engine.plan import plan
 from unteach.engine.run import Run, environment, leave_stamp, open_run, stamp_matches
 from unteach.engine.study import Factor, study
 from unteach.engine.train.loop import prepare_model
+from unteach.engine.train.methods import find_method
 from unteach.engine.train.parallel import World, forward_dtype, joined
 from unteach.recipes.tiny import tiny
 
@@ -119,7 +121,7 @@ def test_the_model_card_says_what_its_method_does(tmp_path: Path, method: str, w
     sides = {"base": {"forget": score}, "model": {"forget": score}}
     write_model_card(tmp_path, config, {**sides, "overall": 0.0, "protocol": "p"})
     card = " ".join((tmp_path / "README.md").read_text(encoding="utf-8").split())
-    assert f"it was trained {words}" in card
+    assert f"it was trained {words}" in card and find_method(method).summary in card
     assert ("refuse" in card) is (method in ("bitopk", "sft", "flat"))
 
 
@@ -173,6 +175,20 @@ def test_a_folder_is_whole_whenever_it_is_there(
         (partial / "a").write_text("new")
     assert seen and all(texts == ["new"] for texts in seen)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_files_that_killed_processes_left_half_written_are_swept(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead = process.pid
+    for name in (f".config.yaml.{dead}.partial", f"compare/sft/stamps/.train.json.{dead}.partial"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    kept = [tmp_path / f".report.md.{os.getpid()}.partial", tmp_path / "mine.partial"]
+    for path in kept:
+        path.write_text("written this moment, or not ours")
+    opened(tmp_path)
+    assert sorted(tmp_path.rglob("*.partial")) == sorted(kept)
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -318,6 +334,20 @@ def test_a_changed_record_is_another_training(tmp_path: Path, field: str) -> Non
     write_records(path, [*records[:index], changed, *records[index + 1 :]])
     with pytest.raises(InputError, match="made with another examples"):
         stages.train_stage(opened(tmp_path / "run", *settings), None)
+
+
+@pytest.mark.parametrize("settings", [(), ("target=null",)], ids=["train", "teach"])
+def test_a_record_that_the_model_cannot_read_whole_is_named(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    records = read_records(Path(tiny().data.path))
+    place = next(i for i, r in enumerate(records) if r.split == "train" and r.goal == "general")
+    records[place] = records[place].model_copy(update={"question": 1100 * "x"})
+    write_records(tmp_path / "long.jsonl", records)
+    run = opened(tmp_path / "run", f"data.path={tmp_path / 'long.jsonl'}", *settings)
+    long = f"Record '{records[place].id}' has 1[1-9]\\d\\d tokens .* reads at most 1024: shorten"
+    with pytest.raises(InputError, match=long):
+        stages.run_all(run)
 
 
 def test_other_packing_is_another_training(tmp_path: Path) -> None:

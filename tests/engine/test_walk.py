@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unteach.engine.config import load_config
+
+TARGET = ("--set", "target.epochs=1")
 
 
 def unteach(*arguments: str, folder: Path) -> str:
@@ -145,3 +148,54 @@ def test_scoring_and_reporting_say_what_the_model_was_made_with(
     )
     assert done.returncode == 2 and "is not the model that was scored" in done.stderr
     assert (folder / "model" / "README.md").read_text(encoding="utf-8") == card
+
+
+@pytest.mark.parametrize("place", ["model", "target/model", "tiny"])
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path, place: str) -> None:
+    mine = tmp_path / "run" / place / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        command("run", "tiny", *TARGET, "--set", "optim.steps=1", folder=folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and f"{place} " in done.stderr and done.stderr.count("\n") == 1
+    assert mine.read_text() == "mine"
+    if place == "model":  # what was taught before stays of use
+        mine.unlink()
+        mine.parent.rmdir()
+        unteach("train", "tiny", *TARGET, "--set", "optim.steps=1", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "why"),
+    [
+        ("train", "optim.lr=0.5", "was made with another optim"),
+        ("teach", "teacher.max_new_tokens=4", "was made with other teacher.max_new_tokens"),
+        ("train", "optim.lr=0.25", "Another unteach command is at stage train"),
+    ],
+)
+def test_a_command_that_is_refused_leaves_the_settings_of_what_is_there(
+    walked: Path, tmp_path: Path, stage: str, setting: str, why: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(walked, folder)
+    (folder / "stamps" / "train.json").unlink()
+    manifest = folder / "cache" / "manifest.json"
+    if stage == "teach":
+        manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    before = (folder / "config.yaml").read_bytes()
+    with (folder / ".train.lock").open("a") as lock:
+        if "Another" in why:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            command(stage, "tiny", "--set", setting, folder=folder),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2 and why in done.stderr
+    assert (folder / "config.yaml").read_bytes() == before

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from unteach.benchmarks import bench_bitopk, bench_linear_logprob, bench_linear_topk
-from unteach.recipes.catalog import RECIPES, find_recipe
+from unteach.engine.config import key_names, override
+from unteach.recipes.catalog import RECIPES, described_settings, find_recipe
 from unteach.recipes.cli import app
 from unteach.recipes.opening import resolve
 
@@ -29,6 +30,21 @@ def test_recipes_are_listed_one_a_line() -> None:
     assert [line.split()[0] for line in lines] == list(RECIPES)
 
 
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_settings_of_a_recipe_are_listed_as_set_takes_them(name: str) -> None:
+    settings = [line.partition("  # ")[0] for line in described_settings(name)]
+    assert override(find_recipe("tiny"), settings) == find_recipe(name)
+    assert set(key_names()) >= {setting.partition("=")[0] for setting in settings if "." in setting}
+
+
+def test_a_key_that_is_not_there_leads_to_the_list_of_those_that_are() -> None:
+    done = unteach("run", "tiny", "--set", "nothing.like=1")
+    assert done.returncode == 2 and "`unteach recipes RECIPE` lists every key" in done.stderr
+    assert (
+        "method.alpha=1.0  # weight of the student's top-K set" in unteach("recipes", "tiny").stdout
+    )
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -44,6 +60,7 @@ def test_recipes_are_listed_one_a_line() -> None:
         "gradients",
         "standardize",
         "prefixes",
+        "plan",
     ],
 )
 def test_help_shows_an_example(command: str) -> None:
