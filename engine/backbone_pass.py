@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unteach.engine.errors import InputError
+
 
 def backbone_pass(body: nn.Module, past: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
     """[B, T, D] after the final norm, and the KV cache (None without use_cache).
@@ -15,12 +17,20 @@ def backbone_pass(body: nn.Module, past: Any = None, **inputs: Any) -> tuple[Ten
         body: everything below the head.
         past: keys and values of the tokens before these; it is written to.
         inputs: input_ids, position_ids, attention_mask, use_cache.
+    Raises:
+        InputError: a cache is asked for, and the model hands none out.
     """
     name = _cache_name(body)
     output = body(**{name: past}, **inputs)
     hidden_BTD = output.last_hidden_state
     assert isinstance(hidden_BTD, Tensor)
-    return hidden_BTD, getattr(output, name)
+    written = getattr(output, name, None)  # RecurrentGemma keeps its state to itself
+    if written is None and inputs.get("use_cache"):
+        raise InputError(
+            f"{type(body).__name__} hands out no KV cache, and prompts are shared and answers made "
+            "with one: choose a model of another type."
+        )
+    return hidden_BTD, written
 
 
 def _cache_name(body: nn.Module) -> str:

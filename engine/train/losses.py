@@ -53,17 +53,26 @@ def ga_loss(logp_N: Tensor) -> Tensor:
 def graddiff_loss(
     forget_logp_N: Tensor, retain_logp_N: Tensor, *, gamma: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
-    """Gradient difference: L = -γ·CE(forget) + α·CE(retain), each a mean over its own tokens."""
+    """Gradient difference: L = -γ·CE(forget) + α·CE(retain), each a mean over its own tokens.
+
+    Args:
+        forget_logp_N: log-probability of each label to forget, nats.
+        retain_logp_N: the same of each label to retain; its N is its own.
+        gamma: weight of the ascent.
+        alpha: weight of the descent.
+    Returns:
+        Scalar.
+    """
     return gamma * ga_loss(forget_logp_N) + alpha * sft_loss(retain_logp_N)
 
 
 def npo_rows(logp_B: Tensor, reference_logp_B: Tensor, *, beta: float) -> Tensor:
-    """(2/β) log(1 + (p/p_ref)^β) of each sequence; linear, not infinite, at large ratios."""
-    if logp_B.shape != reference_logp_B.shape:
-        raise ValueError(
-            f"reference_logp_B is {tuple(reference_logp_B.shape)}, expected the shape of logp_B, "
-            f"{tuple(logp_B.shape)}"
-        )
+    """(2/β) log(1 + (p/p_ref)^β) of each sequence; linear, not infinite, at large ratios.
+
+    Raises:
+        ValueError: shapes differ or beta <= 0.
+    """
+    _check_shape("reference_logp_B", reference_logp_B, logp_B)
     _check_positive("beta", beta)
     return -(2 / beta) * logsigmoid(-beta * (logp_B - reference_logp_B.detach()))
 
@@ -86,7 +95,12 @@ def npo_loss(logp_B: Tensor, reference_logp_B: Tensor, *, beta: float = 0.1) -> 
 
 
 def simnpo_rows(logp_B: Tensor, lengths_B: Tensor, *, beta: float, gamma: float) -> Tensor:
-    """-(2/β) log σ(β (-log p / |y| - γ)) of each sequence."""
+    """-(2/β) log σ(β (-log p / |y| - γ)) of each sequence.
+
+    Raises:
+        ValueError: shapes differ or beta <= 0.
+    """
+    _check_shape("lengths_B", lengths_B, logp_B)
     _check_positive("beta", beta)
     mean_nll_B = -logp_B / lengths_B.to(logp_B.dtype)
     return -(2 / beta) * logsigmoid(beta * (mean_nll_B - gamma))
@@ -106,7 +120,7 @@ def simnpo_loss(
     Returns:
         Scalar, mean over sequences.
     Raises:
-        ValueError: beta <= 0.
+        ValueError: shapes differ or beta <= 0.
     """
     return simnpo_rows(logp_B, lengths_B, beta=beta, gamma=gamma).mean()
 
@@ -167,7 +181,13 @@ def uce_rows(logp_N: Tensor) -> Tensor:
 
 
 def uce_loss(logp_N: Tensor) -> Tensor:
-    """Unlearning cross-entropy: L = -mean_n log(1 - p(y_n)/2), within [0, ln 2] (FedOSD, MOLLM)."""
+    """Unlearning cross-entropy: L = -mean_n log(1 - p(y_n)/2), within [0, ln 2] (FedOSD, MOLLM).
+
+    Args:
+        logp_N: log-probability of each label to forget, nats.
+    Returns:
+        Scalar, mean over tokens.
+    """
     return uce_rows(logp_N).mean()
 
 
@@ -180,7 +200,11 @@ def bild_rows(
     temperature: float,
     symmetric: bool,
 ) -> Tensor:
-    """Both sides of BiLD, one sum a row."""
+    """Both sides of BiLD, one sum a row.
+
+    Raises:
+        ValueError: temperature <= 0.
+    """
     _check_positive("temperature", temperature)
     sides = (
         (student_at_teacher_NK, teacher_at_teacher_NK),
@@ -217,6 +241,8 @@ def bild_loss(
         symmetric: add KL(student || teacher), as arXiv 2604.15482 writes BiLD.
     Returns:
         Scalar, mean over rows.
+    Raises:
+        ValueError: temperature <= 0.
     """
     return bild_rows(
         student_at_teacher_NK,
@@ -233,6 +259,14 @@ def _differences(logits_NK: Tensor) -> Tensor:
         logits_NK.shape[1], logits_NK.shape[1], 1, device=logits_NK.device
     )
     return logits_NK[:, first] - logits_NK[:, second]
+
+
+def _check_shape(name: str, values_B: Tensor, logp_B: Tensor) -> None:
+    if values_B.shape != logp_B.shape:
+        raise ValueError(
+            f"{name} is {tuple(values_B.shape)}, expected the shape of logp_B, "
+            f"{tuple(logp_B.shape)}"
+        )
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -151,10 +151,15 @@ class GoalGradients:
 
         A gradient that is no more than rounding is left out: KL to the original model has one at
         the first step, and the shortest combination would be that noise alone.
+
+        Returns:
+            weights_G; NaN where a gradient is NaN or inf, so that the step's guard refuses it.
         """
         if self.rule == "ngdiff":
             return ngdiff_combine(gram_GG)
         if self.direction == "projection":
+            if not bool(torch.isfinite(gram_GG).all()):
+                return torch.full_like(gram_GG[0], math.nan)
             return projection_weights(gram_GG)
         length_G = gram_GG.diagonal().sqrt()
         real_R = (~(length_G <= NEGLIGIBLE * length_G.max())).nonzero()[:, 0]

@@ -96,6 +96,13 @@ def test_simnpo_divides_by_length_and_keeps_gamma_inside() -> None:
     assert gradient(loss, logp)[0].tolist() == pytest.approx(slopes, rel=1e-12)
 
 
+def test_simnpo_refuses_lengths_that_would_broadcast() -> None:
+    logp = torch.tensor([-3.0, -5.0])
+    for lengths in (torch.tensor([[2], [4]]), torch.tensor([2]), torch.tensor(2)):
+        with pytest.raises(ValueError, match=r"lengths_B is .*expected the shape of logp_B"):
+            simnpo_loss(logp, lengths)
+
+
 FLAT = {
     "tv": lambda x, z: -math.tanh(x) / 2 + math.tanh(z) / 2,
     "kl": lambda x, z: -x + math.exp(z - 1),

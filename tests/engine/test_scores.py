@@ -159,6 +159,12 @@ def test_auc_of_a_perfect_split_does_not_claim_certainty(n: int, m: int) -> None
     assert turned.high == pytest.approx(100 - found.low)
 
 
+@pytest.mark.parametrize(("members", "others"), [([], [0.5]), ([0.5], []), ([], [])])
+def test_auc_of_nobody_is_refused(members: list[float], others: list[float]) -> None:
+    with pytest.raises(ValueError, match="make no pair to compare"):
+        auc(members, others)
+
+
 def test_auc_of_one_pair_is_one_trial() -> None:
     assert auc([1.0], [0.0]).low == pytest.approx(share([True]).low)
 

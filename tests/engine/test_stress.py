@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.engine.tiny_start import fresh, records
 from tests.engine.tiny_start import start as start
@@ -60,6 +62,52 @@ def test_rounding_stays_within_half_a_step(start: str, bits: int, levels: int, g
     quantize_(model, bits)
     for twice, weight in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(twice, weight)
+
+
+WIDE = {"hidden_size": 96, "intermediate_size": 80, "moe_intermediate_size": 80}
+EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
+HEADS = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def rounded_rows(weight: Tensor, bits: int) -> Tensor:
+    """[out, in], each row rounded by itself, 64 inputs at a time at 4 bits."""
+    most, size = (127, weight.shape[1]) if bits == 8 else (7, 64)
+    parts = [part for row in weight for part in row.split(size)]
+    steps = [part.abs().max() / most for part in parts]
+    rounded = [(p / step).round() * step for p, step in zip(parts, steps, strict=True)]
+    return torch.cat(rounded).view_as(weight)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_experts_in_one_tensor_are_rounded_along_what_they_read(family: str, bits: int) -> None:
+    torch.manual_seed(0)
+    shape = AutoConfig.for_model(
+        family,
+        vocab_size=64,
+        pad_token_id=0,
+        interleave_moe_layer_step=1,
+        **WIDE,
+        **EXPERTS,
+        **HEADS,
+    )
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    before = {
+        name: getattr(experts, name).detach().clone() for name in ("gate_up_proj", "down_proj")
+    }
+    quantize_(model, bits)
+    for name, read in (("gate_up_proj", 96), ("down_proj", 80)):
+        weight = getattr(experts, name)
+        for expert, old in zip(weight, before[name], strict=True):
+            if family != "qwen3_moe":  # [in, out]
+                expert, old = expert.T, old.T
+            assert old.shape[1] == read
+            torch.testing.assert_close(expert, rounded_rows(old, bits))
+            assert not torch.equal(expert, old)
 
 
 def test_a_tied_head_is_not_rounded(tmp_path: Path) -> None:

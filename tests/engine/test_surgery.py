@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from unteach.engine.config import Config, MethodConfig
+from unteach.engine.errors import InputError
 from unteach.engine.model import Head
+from unteach.engine.train.log import FiniteGuard, StepSums
 from unteach.engine.train.own_rate import OwnRate, best_rate, next_rate
 from unteach.engine.train.parallel import World
 from unteach.engine.train.supervise import Part
@@ -141,6 +144,28 @@ def test_a_gradient_that_is_rounding_has_no_say() -> None:
     assert model.weight.grad is not None
     # Between (3, 1) and (-1, 1), nearest to the origin.
     torch.testing.assert_close(model.weight.grad, torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("direction", ["projection", "mgda", "normalized-mgda"])
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_gradient_of_nan_is_named_by_the_guard(direction: Any, broken: int) -> None:
+    model = torch.nn.Linear(4, 1, bias=False)
+    goals = GoalGradients(model, MethodConfig(name="mollm", direction=direction), ALONE)
+    gram_GG = torch.eye(3, dtype=torch.float64)
+    gram_GG[broken], gram_GG[:, broken] = math.nan, math.nan
+    assert bool(goals.weights(gram_GG).isnan().all())
+    for goal in range(3):
+        model.weight.grad = torch.full_like(model.weight, math.nan if goal == broken else 1.0)
+        goals.keep()
+    goals.combine()
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    guard = FiniteGuard(optimizer, ALONE)
+    with pytest.raises(InputError, match=r"Step 1: the loss is not finite.*of the gradient"):
+        guard.judge(0, StepSums(ALONE), torch.nn.utils.get_total_norm([model.weight.grad]))
+        optimizer.step()
+        guard.settle()
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 2.0])
