@@ -287,6 +287,31 @@ def leave_stamp(folder: Path, stage: str, inputs: Mapping[str, Any], output: Pat
     write_json(folder / "stamps" / f"{stage}.json", stamp)
 
 
+def mend_config(run: Run) -> None:
+    """Write a config.yaml that is gone or cut again, once every stamp agrees with this command's.
+
+    Its environment.json stays: what trained is not what mends.
+    """
+    if run.world.rank == 0 and (fault := config_fault(run.folder)):
+        write_atomic(run.folder / "config.yaml", dump_config(run.config).encode())
+        say(f"{fault}: written again from this command's settings, which made the model")
+    run.world.wait()
+
+
+def config_fault(folder: Path) -> str | None:
+    """Why a run folder's config.yaml does not say what its model was made with; None if it does."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = dump_config(load_config(path))
+    except (OSError, ValueError):
+        return f"{path} cannot be read"
+    cut = len(text) < len(whole) and whole.startswith(text.rstrip("\n"))
+    return f"{path} was cut" if cut else None
+
+
 def _exported(output: Path) -> dict[str, str] | None:
     """sha256 of each file of a model folder but its card; a list as known.json may be edited."""
     if not output.is_dir():
