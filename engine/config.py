@@ -7,12 +7,13 @@ keeps, and `override` applies the command line's `--set section.key=value`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from unteach.engine.config_tree import bad_value, put, unreadable, wanted_texts
 from unteach.engine.data.records import GOALS, Form, Goal
@@ -339,7 +340,7 @@ def override(config: Config, settings: Sequence[str]) -> Config:
         InputError: a setting without `=`, an unknown key (the nearest name is given), a bad value.
     """
     tree = config.model_dump(mode="python")
-    names, numbers = list(key_names()), {}
+    names, numbers = keys(), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -364,7 +365,7 @@ def validated(tree: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(bad_value(error, list(key_names()))) from error
+        raise InputError(bad_value(error, keys())) from error
     if config.teacher.top < config.method.k:
         raise InputError(
             f"teacher.top is {config.teacher.top} and method.k is {config.method.k}: the cache "
@@ -373,10 +374,11 @@ def validated(tree: Mapping[str, Any]) -> Config:
     return config
 
 
-def key_names() -> Iterator[str]:
-    """Every dotted key, for error messages and help."""
+def keys() -> dict[str, FieldInfo]:
+    """Every dotted key with its field, for error messages and help."""
+    found: dict[str, FieldInfo] = {}
     for section, field in Config.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        for kind in kinds:
+        for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Section):
-                yield from (f"{section}.{key}" for key in kind.model_fields)
+                found |= {f"{section}.{key}": inner for key, inner in kind.model_fields.items()}
+    return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from unteach.engine.errors import InputError, reason
 
@@ -51,15 +53,34 @@ def unknown_key(name: str, names: Collection[str]) -> str:
     return f"There is no config key {name}{hint}"
 
 
-def bad_value(error: ValidationError, names: Collection[str]) -> str:
-    """The first fault that a config has."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
+def bad_value(error: ValidationError, fields: Mapping[str, FieldInfo]) -> str:
+    """The first fault that a config has.
+
+    Args:
+        fields: every `section.key` there is.
+    """
+    faults = error.errors()
+    first, loc = faults[0], [str(part) for part in faults[0]["loc"] if part != "[key]"]
+    field = fields.get(".".join(loc[:2]))
     if first["type"] == "extra_forbidden":
-        return unknown_key(name, names)
+        return unknown_key(".".join(loc), fields)
     given, message = first.get("input"), first["msg"].removeprefix("Value error, ")
-    hint = f": write {json.dumps([given], default=str)}" if first["type"] == "tuple_type" else ""
-    return f"Config key {name}: {message}, not {given!r}{hint}."
+    if field and len(loc) > 2 and get_origin(field.annotation) in (Union, UnionType):
+        alike = [fault["msg"] for fault in faults if fault["loc"][:2] == first["loc"][:2]]
+        message = ", or ".join([alike[0], *(m.removeprefix("Input should be ") for m in alike[1:])])
+        loc = loc[:2]
+    hint = ""
+    if field and first["type"] in ("tuple_type", "missing", "too_long"):
+        hint, loc = f": write {_list_like(field, given)}", loc[:2]
+    return f"Config key {'.'.join(loc)}: {message}, not {given!r}{hint}."
+
+
+def _list_like(field: FieldInfo, given: Any) -> str:
+    """What was given as a list; the default makes up for what a fixed length lacks."""
+    items = [*given] if isinstance(given, list | tuple) else [given]
+    if Ellipsis not in get_args(field.annotation):
+        items = [*items, *field.default[len(items) :]][: len(field.default)]
+    return json.dumps(items, default=str)
 
 
 def wanted_texts(error: ValidationError) -> set[str]:

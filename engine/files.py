@@ -41,10 +41,14 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
         return digest.hexdigest()
     for file in sorted(folder.glob("*")):
         if file.name == "config.json" or file.suffix == ".safetensors":
-            now = file.stat()
-            known = _sha256_once(file, now.st_ino, now.st_size, now.st_mtime_ns)
-            digest.update(f"{file.name} {known}\n".encode())
+            digest.update(f"{file.name} {known_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """`sha256_of`, which reads a file again only once somebody has touched it."""
+    now = path.stat()
+    return _sha256_once(path, now.st_ino, now.st_size, now.st_mtime_ns)
 
 
 @lru_cache(maxsize=2**10)

@@ -137,7 +137,7 @@ def empty_model(path: str, config: ModelConfig) -> PreTrainedModel:
         )
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()  # inside the block, a tied head became a parameter of its own
-    with suppress(OSError):  # many folders have no generation_config.json
+    with _one_sentence(f"Model {path}", config), suppress(OSError):  # OSError: it has none
         model.generation_config = GenerationConfig.from_pretrained(
             path, revision=config.revision or "main"
         )
@@ -179,9 +179,10 @@ def _one_sentence(what: str, config: ModelConfig) -> Iterator[None]:
             f"model.attention {config.attention} is not installed "
             f"({str(error).splitlines()[0]}): {attention_remedy(config.attention)}."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what} cannot be loaded: {reason.rstrip(' :.')}.") from error
+    except Exception as error:  # damaged files raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :.")
+        hint = ", so a file of it is damaged" if type(error) in (TypeError, AttributeError) else ""
+        raise InputError(f"{what} cannot be loaded: {reason}{hint}.") from error
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

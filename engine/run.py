@@ -36,6 +36,7 @@ from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.sheet import write_sheet
 from unteach.engine.errors import InputError
 from unteach.engine.files import (
+    known_sha256,
     model_fingerprint,
     read_json,
     sweep_partials,
@@ -274,9 +275,10 @@ def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: P
             f"{output} was made with another {', '.join(changed)}: choose another run.folder, or "
             f"remove {output} to make it again."
         )
-    if made != _output_fingerprint(output):
+    altered = _altered(output, made)
+    if altered is not None:
         raise InputError(
-            f"{output} is not what stage {stage} made, a file was cut, changed or lost since: "
+            f"{output} is not what stage {stage} made, {altered} was cut, changed or lost since: "
             f"remove {output} to make it again."
         )
     return True
@@ -285,13 +287,58 @@ def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: P
 def leave_stamp(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> None:
     """Record what a finished stage was made of and what it made."""
     (folder / "stamps").mkdir(exist_ok=True)
-    stamp = {**inputs, "output": _output_fingerprint(output)}
+    stamp = {**inputs, "output": _exported(output)}
     write_json(folder / "stamps" / f"{stage}.json", stamp)
 
 
-def _output_fingerprint(output: Path) -> str | None:
-    """Of a model's weights; a list as known.json may be edited by hand."""
-    return model_fingerprint(str(output)) if output.is_dir() else None
+def mend_config(run: Run) -> None:
+    """Write a config.yaml that is gone or cut again, once every stamp agrees with this command's.
+
+    Its environment.json stays: what trained is not what mends.
+    """
+    if run.world.rank == 0 and (fault := config_fault(run.folder)):
+        write_atomic(run.folder / "config.yaml", dump_config(run.config).encode())
+        say(f"{fault}: written again from this command's settings, which made the model")
+    run.world.wait()
+
+
+def config_fault(folder: Path) -> str | None:
+    """Why a run folder's config.yaml does not say what its model was made with; None if it does."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = dump_config(load_config(path))
+    except (OSError, ValueError):
+        return f"{path} cannot be read"
+    cut = len(text) < len(whole) and whole.startswith(text.rstrip("\n"))
+    return f"{path} was cut" if cut else None
+
+
+def _exported(output: Path) -> dict[str, str] | None:
+    """sha256 of each file of a model folder but its card; a list as known.json may be edited."""
+    if not output.is_dir():
+        return None
+    files = (file for file in sorted(output.glob("[!.]*")) if file.is_file())
+    return {file.name: known_sha256(file) for file in files if file.name != "README.md"}
+
+
+def _altered(output: Path, made: object) -> str | None:
+    """A file that is not as its stage left it; other files beside those it made are no matter.
+
+    Args:
+        made: what the stamp says; a text stands for config and weights alone.
+    """
+    if not output.is_dir():
+        return None if made is None else "it"
+    if not isinstance(made, dict):
+        return None if made == model_fingerprint(str(output)) else "a file"
+    weights = (file.name for file in output.glob("*.safetensors"))
+    for file in (output / name for name in sorted({*map(str, made), *weights})):
+        if not file.is_file() or known_sha256(file) != made.get(file.name):
+            return file.name
+    return None
 
 
 def digest(value: Any) -> str:

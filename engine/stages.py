@@ -41,7 +41,15 @@ from unteach.engine.evaluate.suites import evaluate, protocol_hash
 from unteach.engine.files import alone_in, write_json
 from unteach.engine.knowledge import answered_by_base
 from unteach.engine.progress import say
-from unteach.engine.run import Run, digest, leave_stamp, records_fingerprint, stamp_matches
+from unteach.engine.run import (
+    Run,
+    config_fault,
+    digest,
+    leave_stamp,
+    mend_config,
+    records_fingerprint,
+    stamp_matches,
+)
 from unteach.engine.teacher.build import build_cache
 from unteach.engine.teacher.cache import TeacherCache, check_fingerprints
 from unteach.engine.teacher.manifest import cache_fingerprints, read_manifest
@@ -60,6 +68,7 @@ def run_all(run: Run) -> None:
     check_evaluation(run.config, run.records)
     target_stage(run)
     train_stage(run, training_cache(run))
+    mend_config(run)
     evaluate_stage(run)
     report_stage(run)
 
@@ -356,12 +365,18 @@ def report_stage(run: Run) -> None:
     """Write report.md, report.html, the pictures, and the scores into the model card.
 
     Raises:
-        InputError: there are no scores, or other weights than those were scored.
+        InputError: there are no scores, other weights than those were scored, or config.yaml is
+            not whole.
     """
     if run.world.rank == 0:
         model = run.folder / "model"
         if model.is_dir():
             check_scored(run.folder, run.fingerprint(str(model)))
+            if fault := config_fault(run.folder):
+                raise InputError(
+                    f"{fault}: give `unteach run` with the settings of this run, which writes it "
+                    "again, or the report could not say how the model was made."
+                )
         summary = write_report(run.folder)
         if model.is_dir():
             write_model_card(model, run.remembered, summary)

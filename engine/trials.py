@@ -8,8 +8,6 @@ never made twice, by whatever settings it was asked for.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -43,7 +41,6 @@ from unteach.engine.evaluate.suites import (
 )
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.evaluate.tuning import Tuning, tuning_records, tuning_split
-from unteach.engine.files import write_atomic
 from unteach.engine.progress import say
 from unteach.engine.run import (
     Run,
@@ -56,6 +53,7 @@ from unteach.engine.stages import train_stage, training_cache
 from unteach.engine.train.log import reset_peak
 from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.trunk import FrozenOutputs
+from unteach.engine.trial_rows import append_trial, drop_torn_line, read_trials
 
 Split = Literal["tune", "test"]
 Prompted = Literal["base", "oracle", "ensemble"]
@@ -89,8 +87,9 @@ class Trials:
         }
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self.path)
+            drop_torn_line(self.path)
         self.world.wait()
+        read_trials(self.path)  # refuses a line that is no row before anything is made
 
     def check_split(self, split: Split) -> None:
         """Refuse questions and stresses that cannot be scored, before the first training begins."""
@@ -305,10 +304,7 @@ class Trials:
 
     def _append(self, line: Trial | None, title: str) -> None:
         if line is not None:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(asdict(line)) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            append_trial(self.path, line)
             say(f"{self.name}: {title}: Overall {line.overall:+.1f}")
         self.world.wait()
 
@@ -335,30 +331,6 @@ def cost_of(log: Path, *, peak_known: bool) -> Cost:
         tokens=sum(step["tokens"] for step in steps),
         peak_mib=max(step["peak_mib"] for step in steps) if peak_known else None,
     )
-
-
-def read_trials(path: Path) -> list[Trial]:
-    """Lines in the order in which they were finished.
-
-    Raises:
-        InputError: a line that is none of ours.
-    """
-    if not path.is_file():
-        return []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            trials = [Trial(**json.loads(line)) for line in lines]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} holds a line that is no row ({error}): remove it.") from error
-    return [replace(t, cost=Cost(**t.cost)) if isinstance(t.cost, dict) else t for t in trials]
-
-
-def _drop_torn_line(path: Path) -> None:
-    """A run that was killed while it wrote leaves half a line."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(path, whole.encode())
 
 
 def _in_folder(config: Config, folder: Path) -> Config:

@@ -92,9 +92,14 @@ def chosen_factors(
         if (name := _parsed(level)[0]) not in asked:
             raise InputError(f"--level {level}: add {name} to --factors, which names what is run.")
     for part in text.split(","):
-        name, _, wanted = part.strip().partition("=")
+        name, equals, wanted = part.strip().partition("=")
         if name not in known:
             raise _nearest("factor", name, known)
+        if equals and not wanted:
+            raise InputError(
+                f"--factors {name}= names no level: write {name}={'/'.join([*known[name]][:2])}, "
+                f"or {name} for all of them."
+            )
         labels = [label.strip() for label in wanted.split("/")] if wanted else [*known[name]]
         for label in labels:
             if label not in known[name]:

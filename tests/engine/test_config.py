@@ -56,6 +56,28 @@ def test_override_reads_json_and_text() -> None:
             "evaluate.quantized=8",
             "quantized: Input should be a valid tuple, not 8: write [8]",
         ),
+        (
+            "optim.betas=0.9",
+            "optim.betas: Input should be a valid tuple, not 0.9: write [0.9, 0.999].",
+        ),
+        ("optim.betas=[0.8]", "optim.betas: Field required, not [0.8]: write [0.8, 0.999]."),
+        ("optim.betas=[0.8, 0.9, 0.7]", "not [0.8, 0.9, 0.7]: write [0.8, 0.9]."),
+        (
+            "parallel.checkpointing=often",
+            "Config key parallel.checkpointing: Input should be 'off', 'elementwise', 'selective' "
+            "or 'full', or a valid integer",
+        ),
+        ("parallel.checkpointing=true", "Config key parallel.checkpointing: Input should be 'off'"),
+        ("optim.steps=true", "optim.steps: Input should be a valid integer"),
+        ("optim.lr=true", "optim.lr: Input should be a valid number"),
+        ("method.gate=true", "method.gate: Input should be a valid number"),
+        ("data.mix.forget=true", "data.mix.forget: Input should be a valid integer"),
+        ("method.weights.forget=true", "method.weights.forget: Input should be a valid number"),
+        ("optim.betas=[false, 0.9]", "optim.betas.0: Input should be a valid number"),
+        (
+            "evaluate.relearn_rows=[true]",
+            "evaluate.relearn_rows.0: Input should be a valid integer",
+        ),
         ("data.mix.forgot=1", "data.mix.forgot: Input should be 'forget'"),
         ("method.weights.forgot=1", "method.weights.forgot: Input should be 'forget'"),
         ("run.folder=null", "run.folder: Input should be a valid string"),
@@ -95,6 +117,16 @@ def test_a_file_that_is_no_yaml_is_one_sentence_with_its_line(tmp_path: Path, te
     assert "\n" not in str(caught.value)
     line = {"run:": "line 2", "a: b": "line 1"}.get(text[:4], "")
     assert f"{path}" in str(caught.value) and line in str(caught.value)
+
+
+def test_a_truth_value_is_no_number_in_a_file_and_stays_one_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim:\n  lr: 1e-5\n  steps: yes\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"optim\.steps: Input should be a valid integer"):
+        load_config(path)
+    path.write_text("optim:\n  lr: 1e-5\n  reuse_frozen: yes\n", encoding="utf-8")
+    config = load_config(path)
+    assert (config.optim.lr, config.optim.reuse_frozen) == (1e-5, True)
 
 
 def test_a_text_may_read_as_a_number() -> None:

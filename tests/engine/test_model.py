@@ -22,6 +22,7 @@ from unteach.engine.inference import batch_hidden, greedy, share_prefix
 from unteach.engine.model import (
     convert_gguf,
     embedded_model,
+    empty_model,
     export_model,
     head_of,
     head_weight,
@@ -145,6 +146,23 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path), tmp_path)
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve_model("./nowhere", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '{"mod'])
+@pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer", "tokenizer_config"])
+def test_a_file_that_holds_no_json_object_is_one_sentence(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    path = tiny_model(tmp_path / "tiny", tied=False)
+    (path / f"{name}.json").write_text(content)
+    refused = []
+    for load in (load_tokenizer, load_model, empty_model):
+        try:
+            load(str(path), ModelConfig())
+        except InputError as error:
+            refused.append(load)
+            assert f"{path} cannot be loaded: " in str(error) and "\n" not in str(error)
+    assert refused or (name, content[0]) == ("generation_config", "{")  # transformers goes on
 
 
 def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:

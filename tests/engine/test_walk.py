@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.engine.test_run import opened
 from unteach.engine.config import load_config
+from unteach.engine.errors import InputError
+from unteach.engine.stages import report_stage, run_all
 
 TARGET = ("--set", "target.epochs=1")
 
@@ -110,6 +113,28 @@ def test_teach_killed_goes_on_to_the_same_bytes(walked: Path, tmp_path: Path) ->
     assert process.wait(timeout=60) == -signal.SIGKILL
     unteach("teach", "tiny", folder=folder)
     assert digests(folder / "cache") == digests(walked / "cache")
+
+
+def test_a_config_that_is_gone_or_cut_is_written_again_by_the_command_that_made_it(
+    walked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = walked / "config.yaml"
+    whole, before = path.read_bytes(), digests(walked)
+    optim = whole.index(b"optim:")
+    faults = [None, b"", b"\xff" + whole, whole[:optim], whole[: optim + 3], whole[:-2]]
+    for content in faults:
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        run = opened(walked, "run.device=cpu", "run.threads=1")
+        with pytest.raises(InputError, match=r"config\.yaml .*: give `unteach run` with the"):
+            report_stage(run)
+        run_all(run)
+        assert path.read_bytes() == whole and digests(walked) == before
+        assert "written again from this command's settings" in capsys.readouterr().out
+    run_all(opened(walked, "run.device=cpu", "run.threads=1", "run.log_every=7"))
+    assert path.read_bytes() == whole, "of a whole one, what it says stays"
 
 
 @pytest.mark.parametrize("damage", ['{"schema', '{"schema_version": 2}'])

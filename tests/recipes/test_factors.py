@@ -63,6 +63,8 @@ def test_factors_and_levels_are_chosen_by_name() -> None:
     assert own.levels == {"raw": ("data.path=raw.jsonl", "data.known_only=false")}
     with pytest.raises(InputError, match="did you mean alpha"):
         chosen_factors("alfa", tiny(), table)
+    with pytest.raises(InputError, match="--factors k= names no level: write k=1/2, or k for all"):
+        chosen_factors("alpha,k=", tiny(), table)
     with pytest.raises(InputError, match=r"--level format:x:method\.k=2: add format to --factors"):
         chosen_factors("k", tiny(), table, ["format:x:method.k=2"])
     with pytest.raises(InputError, match="no comma, slash"):
