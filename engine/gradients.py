@@ -19,12 +19,13 @@ from unteach.engine.files import write_atomic, write_json
 from unteach.engine.model import PreTrainedModel, blocks, head_of
 from unteach.engine.progress import progress, say
 from unteach.engine.run import Run
-from unteach.engine.stages import target_stage, training_cache, training_streams
+from unteach.engine.stages import target_stage, training_cache
 from unteach.engine.teacher.cache import TeacherCache
 from unteach.engine.train.methods import find_method
 from unteach.engine.train.parallel import World
 from unteach.engine.train.supervise import part_of, supervised_loss
 from unteach.engine.train.surgery import cosines, gram_matrix
+from unteach.engine.training_data import training_streams
 
 LAST_BLOCKS = 3
 MOST_EXAMPLES = 64  # of a goal; evenly spaced where there are more

@@ -16,8 +16,9 @@ from unteach.engine.data.records import Record, read_records
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.errors import InputError
 from unteach.engine.run import open_run
-from unteach.engine.stages import training_cache, training_records
+from unteach.engine.stages import training_cache
 from unteach.engine.train.parallel import joined
+from unteach.engine.training_data import training_records
 from unteach.recipes.tiny import tiny
 
 

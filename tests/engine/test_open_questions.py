@@ -21,11 +21,11 @@ from unteach.engine.stages import (
     teach_stage,
     train_stage,
     training_cache,
-    training_streams,
     verify_stage,
 )
 from unteach.engine.train.methods import METHODS
 from unteach.engine.train.parallel import joined
+from unteach.engine.training_data import training_streams
 from unteach.engine.trials import Trials
 from unteach.recipes.tiny import tiny
 

@@ -15,8 +15,8 @@ from unteach.engine.data.sheet import write_sheet
 from unteach.engine.data.tokens import passage_tokens, response_tokens, student_context
 from unteach.engine.model import load_model, load_tokenizer, tiny_model
 from unteach.engine.run import open_run
-from unteach.engine.stages import training_records
 from unteach.engine.train.parallel import joined
+from unteach.engine.training_data import training_records
 from unteach.recipes.catalog import find_recipe
 
 

@@ -19,10 +19,10 @@ from unteach.engine.evaluate.level_pictures import draw_differences
 from unteach.engine.evaluate.levels import Level, Swept, differences, write_factor, write_study
 from unteach.engine.evaluate.ranking import Trial, difference_between
 from unteach.engine.run import Run, configured_intentions, open_run
-from unteach.engine.stages import training_records
 from unteach.engine.study import Factor, planned_levels
 from unteach.engine.teacher.intentions import intention_for, teacher_context
 from unteach.engine.train.parallel import World
+from unteach.engine.training_data import training_records
 from unteach.engine.trials import Trials, read_trials
 from unteach.recipes.tiny import tiny
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unteach.benchmarks import bench_bitopk, bench_linear_logprob, bench_linear_topk
-from unteach.engine.config import key_names, override
+from unteach.engine.config import keys, override
 from unteach.recipes.catalog import RECIPES, described_settings, find_recipe
 from unteach.recipes.cli import app
 from unteach.recipes.opening import resolve
@@ -34,7 +34,7 @@ def test_recipes_are_listed_one_a_line() -> None:
 def test_the_settings_of_a_recipe_are_listed_as_set_takes_them(name: str) -> None:
     settings = [line.partition("  # ")[0] for line in described_settings(name)]
     assert override(find_recipe("tiny"), settings) == find_recipe(name)
-    assert set(key_names()) >= {setting.partition("=")[0] for setting in settings if "." in setting}
+    assert set(keys()) >= {setting.partition("=")[0] for setting in settings if "." in setting}
 
 
 def test_a_key_that_is_not_there_leads_to_the_list_of_those_that_are() -> None:
