@@ -93,9 +93,7 @@ def check_head(model: PreTrainedModel, body: nn.Module) -> None:
     tokens_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % len(weight_VD)
     hook = body.register_forward_hook(keep)
     try:
-        # Autocast would keep the weights that it casts here, without gradients, for what follows.
-        with torch.autocast(model.device.type, enabled=False):
-            own_TV = model(input_ids=tokens_1T, use_cache=False).logits[0].float()
+        own_TV = model(input_ids=tokens_1T, use_cache=False).logits[0].float()
     finally:
         hook.remove()
     rule = _rule(model.config.get_text_config(), len(weight_VD))

@@ -117,7 +117,9 @@ def load_model(
         )
     nn.Module.to(model, device or torch.device("cpu"))
     model.eval()
-    check_head(model, backbone(model))
+    # Autocast would keep the weights that it casts here, without gradients, for what follows.
+    with torch.autocast(model.device.type, enabled=False):
+        check_head(model, backbone(model))
     return model
 
 
