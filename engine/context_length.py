@@ -12,7 +12,7 @@ def check_lengths(model: PreTrainedModel, tokens: Iterable[tuple[str, int]]) -> 
     """Refuse records that are longer than the model's positions reach.
 
     Args:
-        tokens: id of each record, and how many tokens its context and response have together.
+        tokens: id of each record, and how many tokens of its context and response are read.
     Raises:
         InputError: names the longest of those that do not fit.
     """
@@ -20,6 +20,6 @@ def check_lengths(model: PreTrainedModel, tokens: Iterable[tuple[str, int]]) -> 
     record, longest = max(tokens, key=lambda each: each[1], default=("", 0))
     if limit is not None and longest > limit:
         raise InputError(
-            f"Record {record!r} has {longest} tokens with its prompt and response, and the model "
+            f"Record {record!r} has {longest} tokens to read, prompt and response, and the model "
             f"reads at most {limit}: shorten the record or its intention's demos, or leave it out."
         )

@@ -89,8 +89,8 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):
-        return True
+    except (PermissionError, OverflowError):  # somebody else's, or a number of no process of ours
+        pass
     return True
 
 

@@ -11,9 +11,7 @@ from statistics import fmean
 from unteach.engine.data.prefix_search import written
 from unteach.engine.data.prompt_files import load_prompts
 from unteach.engine.data.rejects import Rejects
-from unteach.engine.data.tokens import (
-    tokenizer_fingerprint,
-)
+from unteach.engine.data.tokens import tokenizer_fingerprint
 from unteach.engine.data.writer import open_writer
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.card import write_model_card

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 
-from unteach.engine.config import Config
+from unteach.engine.config import Config, keys
 from unteach.engine.errors import InputError
 from unteach.recipes.benchmarks import muse_books, rwku, tofu, wmdp_cyber
 from unteach.recipes.quickstart import quickstart
@@ -49,13 +49,11 @@ def described_settings(name: str) -> Iterator[str]:
     Raises:
         InputError: no such recipe.
     """
-    config = find_recipe(name)
-    values = config.model_dump(mode="json")
-    for section in type(config).model_fields:
-        if values[section] is None:
-            yield f"{section}=null"
-            continue
-        for key, field in type(getattr(config, section)).model_fields.items():
+    values = find_recipe(name).model_dump(mode="json")
+    yield from (f"{section}=null" for section, value in values.items() if value is None)
+    for full, field in keys().items():
+        section, key = full.split(".")
+        if values[section] is not None:
             value = values[section][key]
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"{section}.{key}={text}  # {field.description}"
+            yield f"{full}={text}  # {field.description}"

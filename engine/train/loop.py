@@ -165,7 +165,8 @@ def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[s
     find_method(job.config.method.name)
     model, files = base_model(job, world)
     examples = (example for stream in job.streams for example in stream.examples)
-    check_lengths(model, ((e.record_id, len(e.context) + len(e.response)) for e in examples))
+    # The last token of a response is predicted and never read.
+    check_lengths(model, ((e.record_id, len(e.context) + len(e.response) - 1) for e in examples))
     trainable = choose_trainable(model, job.config.optim)
     head = head_of(model, job.tokenizer)
     setattr(model, LOSS_METHOD, types.MethodType(supervised_loss, model))

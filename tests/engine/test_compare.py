@@ -131,7 +131,7 @@ def test_a_killed_sweep_goes_on_and_its_winner_takes_the_seeds(
     assert f"| | N | Base | {NAMES[row['name']]} |" in said and "| Refused, forget ↑ |" in said
     costs = [t.cost for t in trials if t.method == "sft" and t.cost is not None]
     assert len(costs) == len([t for t in trials if t.method == "sft"])
-    assert all(c.tokens > 0 and c.seconds > 0 for c in costs)
+    assert all(c.tokens > 0 and c.seconds > 0 and c.peak_mib for c in costs)
 
 
 def test_rates_that_tie_are_parted_by_further_seeds(ranked: Path, tmp_path: Path) -> None:
