@@ -90,7 +90,7 @@ def check_head(model: PreTrainedModel, body: nn.Module) -> None:
         kept.append(output[0])
 
     weight_VD, bias_V = head_weight(model), head_bias(model)
-    tokens_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % len(weight_VD)
+    tokens_1T = torch.arange(PROBE_TOKENS, device=weight_VD.device)[None] % len(weight_VD)
     hook = body.register_forward_hook(keep)
     try:
         own_TV = model(input_ids=tokens_1T, use_cache=False).logits[0].float()

@@ -115,10 +115,11 @@ def load_model(
         raise InputError(
             f"Model {path} cannot be loaded: its files hold no {sorted(found['missing_keys'])[0]}."
         )
-    nn.Module.to(model, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    nn.Module.to(model, device)
     model.eval()
     # Autocast would keep the weights that it casts here, without gradients, for what follows.
-    with torch.autocast(model.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         check_head(model, backbone(model))
     return model
 
