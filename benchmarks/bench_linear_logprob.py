@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unteach.benchmarks.comparison import Errors, Provider
-from unteach.benchmarks.exact import SLICE_IDS
+from unteach.benchmarks.exact import differences, raw_logits, soft_capped
 from unteach.benchmarks.harness import Step
 from unteach.benchmarks.presets import Case
 from unteach.benchmarks.providers import capped, differentiated, peers
@@ -49,29 +49,13 @@ def _eager_path(sizes: Sizes) -> list[Stage]:
 
 
 def errors_of(found: tuple[Tensor, ...], case: Case) -> Errors:
-    """How far the loss and both gradients are from float64 on the same rounded inputs."""
-    hidden, head = case.hidden_ND.detach().double(), case.head_VD.detach()
-    slices = [slice(i, i + SLICE_IDS) for i in range(0, len(head), SLICE_IDS)]
-    raw = torch.cat([hidden @ head[ids].double().t() for ids in slices], 1)
-    z = capped(raw, case.softcap)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    true_loss = (z.logsumexp(1) - z[rows, case.labels_N]).mean()
+    """How far the mean cross-entropy and both gradients are from float64."""
+    z, cap_slope = soft_capped(raw_logits(case.hidden_ND, case.head_VD), case.softcap)
+    rows = torch.arange(len(z), device=z.device)
+    loss = (z.logsumexp(1) - z[rows, case.labels_N]).mean()
     slopes = z.softmax(1)
     slopes[rows, case.labels_N] -= 1
-    if case.softcap is not None:
-        slopes *= 1 - (z / case.softcap) ** 2
-    slopes /= len(hidden)
-    loss, grad_hidden, grad_head = found
-    true_hidden = torch.zeros_like(hidden)
-    off = largest = 0.0
-    for ids in slices:
-        true_hidden += slopes[:, ids] @ head[ids].double()
-        true = slopes[:, ids].t() @ hidden
-        off = max(off, float((grad_head[ids].double() - true).abs().max()))
-        largest = max(largest, float(true.abs().max()))
-    off_hidden = float((grad_hidden.double() - true_hidden).abs().max())
-    grad = max(off / largest, off_hidden / float(true_hidden.abs().max()))
-    return Errors(float((loss.double() - true_loss).abs() / true_loss.abs()), grad)
+    return differences(found, case, float(loss), slopes * cap_slope / len(z))
 
 
 def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider]:

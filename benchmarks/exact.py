@@ -1,6 +1,6 @@
-"""Eq. 3 and its gradients in float64, row by row of a few rows: what every provider is held to.
+"""Losses and their gradients in float64 on a few rows: what every provider is held to.
 
-Made from the equation with no code of the kernels: full logits of these rows, sets by sorting,
+Made from the equations with no code of the kernels: full logits of these rows, sets by sorting,
 slopes by hand. The head is widened a slice at a time, so that the largest head fits.
 """
 
@@ -18,9 +18,19 @@ SLICE_IDS = 8192
 
 
 def errors_of(found: tuple[Tensor, ...], case: Case) -> Errors:
-    """How far (loss, dL/dhidden, dL/dhead) are from float64 on the same rounded inputs."""
+    """How far a provider of Eq. 3 is from it: its mean over the rows, and both gradients."""
+    return differences(found, case, *_exact(case))
+
+
+def differences(
+    found: tuple[Tensor, ...], case: Case, true_loss: float, slopes_NV: Tensor
+) -> Errors:
+    """How far (loss, dL/dhidden, dL/dhead) are from float64 on the same rounded inputs.
+
+    Args:
+        slopes_NV: dL/dz of the logits before the soft cap, float64.
+    """
     loss, grad_hidden, grad_head = found
-    true_loss, slopes_NV = _exact(case)
     hidden, head = case.hidden_ND.detach().double(), case.head_VD.detach()
     true_hidden = torch.zeros_like(hidden)
     off = largest = 0.0
@@ -37,30 +47,35 @@ def errors_of(found: tuple[Tensor, ...], case: Case) -> Errors:
 
 def topk_errors_of(found: tuple[Tensor, ...], case: Case) -> Errors:
     """How far K sorted raw logits of each row are from float64; ties make ids incomparable."""
-    raw = _logits(case.hidden_ND, case.head_VD)
+    raw = raw_logits(case.hidden_ND, case.head_VD)
     true = raw.sort(dim=1, descending=True).values[:, : case.k]
     return Errors(float((found[0].double() - true).abs().max() / true.abs().max()))
 
 
 def _exact(case: Case) -> tuple[float, Tensor]:
     """The loss, and its slope by every logit before the soft cap."""
-    raw_s = _logits(case.hidden_ND, case.head_VD)
-    raw_t = _logits(case.teacher.hidden_NE, case.teacher.head_VE)
+    raw_s = raw_logits(case.hidden_ND, case.head_VD)
+    raw_t = raw_logits(case.teacher.hidden_NE, case.teacher.head_VE)
     weight = torch.zeros_like(raw_s)
     for raw in (raw_t, raw_s):
         chosen = raw.sort(dim=1, descending=True, stable=True).indices[:, : case.k]
         weight.scatter_add_(1, chosen, torch.ones_like(raw[:, : case.k]))
-    cap_slope: Tensor | float = 1.0
-    z_s, z_t = raw_s, raw_t
-    if case.softcap is not None:
-        z_s, z_t = (case.softcap * torch.tanh(raw / case.softcap) for raw in (raw_s, raw_t))
-        cap_slope = 1 - (z_s / case.softcap) ** 2
+    (z_s, cap_slope), (z_t, _) = (soft_capped(raw, case.softcap) for raw in (raw_s, raw_t))
     d, n = z_s - z_t, len(raw_s)
     smooth = torch.where(d.abs() < 1, d * d / 2, d.abs() - 0.5)
     return float((weight * smooth).sum() / n), weight * d.clamp(-1, 1) * cap_slope / n
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+def soft_capped(raw: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Final logits, and their slope by the raw ones."""
+    if softcap is None:
+        return raw, torch.ones_like(raw)
+    z = softcap * torch.tanh(raw / softcap)
+    return z, 1 - (z / softcap) ** 2
+
+
+def raw_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden · headᵀ in float64, [N, V]."""
     wide, weight = hidden.detach().double(), head.detach()
     return torch.cat([wide @ weight[ids].double().t() for ids in _slices(weight)], 1)
 

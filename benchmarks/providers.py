@@ -162,14 +162,15 @@ def _needs_no_cap(case: Case, name: str) -> None:
         raise Unavailable(f"{name} has no soft cap")
 
 
-def _liger(case: Case) -> Step:
+def liger(case: Case, *, beta: float) -> Step:
+    """Jensen-Shannon divergence of student and teacher; KL of the teacher at beta 0."""
     _needs_gpu(case, "liger-kernel")
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
     except ImportError as error:
         raise Unavailable("liger-kernel is not installed") from error
     _needs_no_cap(case, "liger")
-    jsd: Any = LigerFusedLinearJSD(jsd_beta=0.5)
+    jsd: Any = LigerFusedLinearJSD(jsd_beta=beta)
     taught = case.teacher.hidden_NE, case.teacher.head_VE
     return differentiated(case, lambda: jsd(case.hidden_ND, case.head_VD, *taught, None))
 
@@ -276,7 +277,9 @@ def providers(device: torch.device, backend: str = "auto") -> dict[str, Provider
             full, partial(_eager, compiled=True), partial(dense_path, products=2, passes=1)
         ),
         "chunked": same(in_chunks, _chunked, _chunked_path),
-        "liger": Provider("JSD over the vocabulary", "chunks", _liger, _peer_path(4)),
+        "liger": Provider(
+            "JSD over the vocabulary", "chunks", partial(liger, beta=0.5), _peer_path(4)
+        ),
         **peers(),
     }
 

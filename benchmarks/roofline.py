@@ -97,6 +97,16 @@ def topk_path(s: Sizes, *, seeds: bool) -> list[Stage]:
     return stages if seeds else [*stages, Stage(2 * s.rows * s.k * s.width, s.rows * s.k * row)]
 
 
+def gather_path(s: Sizes) -> list[Stage]:
+    """`gather_linear` at the seeds, forward and backward: U rows a token each way, nothing of V but
+    the dense gradient that autograd is handed.
+    """
+    row, pairs = s.width * s.item, s.rows * s.seeds
+    each_way = Stage(2 * pairs * s.width, (pairs + s.rows) * row)
+    head = Stage(2 * pairs * s.width, (pairs + s.vocab) * row + 2 * 12 * pairs)
+    return [each_way, each_way, head]
+
+
 def product(s: Sizes, count: int = 1) -> list[Stage]:
     """Matrix products of hidden states and head, logits written."""
     traffic = (s.vocab + s.rows) * s.width * s.item + s.rows * s.vocab * s.item

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a language model forget one topic, keep the rest, and resist attacks.",
 )
+
+# Each has a benchmark of its own, benchmarks/bench_<name>.py.
+KERNELS = ("bitopk", "linear_topk", "gather_linear", "linear_logprob", "linear_kl")
 
 
 class Questions(StrEnum):
@@ -171,7 +175,7 @@ def report(
 def bench(
     context: typer.Context,
     kernel: Annotated[
-        str | None, typer.Argument(help="bitopk, linear_topk or linear_logprob; all without it")
+        str | None, typer.Argument(help=f"{', '.join(KERNELS)}; all without it")
     ] = None,
 ) -> None:
     """Measure the kernels beside every peer that is installed.
@@ -181,20 +185,13 @@ def bench(
 
     Example: unteach bench bitopk --preset llama-3.2-3b --device cuda --tokens 8192
     """
-    from unteach.benchmarks import bench_bitopk, bench_linear_logprob, bench_linear_topk
-
-    benchmarks = {
-        "bitopk": bench_bitopk.main,
-        "linear_topk": bench_linear_topk.main,
-        "linear_logprob": bench_linear_logprob.main,
-    }
     options = context.args
     if kernel is not None and kernel.startswith("-"):  # the name was left out
         options, kernel = [kernel, *options], None
-    if kernel is not None and kernel not in benchmarks:
-        raise InputError(f"There is no benchmark {kernel}: choose {', '.join(benchmarks)}.")
-    for name in [kernel] if kernel else benchmarks:
-        benchmarks[name](options)
+    if kernel is not None and kernel not in KERNELS:
+        raise InputError(f"There is no benchmark {kernel}: choose {', '.join(KERNELS)}.")
+    for name in [kernel] if kernel else KERNELS:
+        import_module(f"unteach.benchmarks.bench_{name}").main(options)
 
 
 @app.command()

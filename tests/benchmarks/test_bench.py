@@ -14,6 +14,8 @@ from torch import Tensor
 from unteach.benchmarks import (
     bench_adamw,
     bench_bitopk,
+    bench_gather_linear,
+    bench_linear_kl,
     bench_linear_logprob,
     bench_linear_topk,
     figures,
@@ -25,7 +27,16 @@ from unteach.benchmarks.exact import errors_of
 from unteach.benchmarks.harness import append_rows, extra_mib, interleaved_ms, spread
 from unteach.benchmarks.presets import PRESETS, Case, Preset, make_case
 from unteach.benchmarks.providers import providers
-from unteach.benchmarks.roofline import Peaks, Sizes, dense_path, floor_ms, peaks_of, sparse_path
+from unteach.benchmarks.roofline import (
+    Peaks,
+    Sizes,
+    Stage,
+    dense_path,
+    floor_ms,
+    gather_path,
+    peaks_of,
+    sparse_path,
+)
 from unteach.engine.config import ModelConfig
 from unteach.engine.model import hidden_states, load_model, tiny_model
 
@@ -322,17 +333,65 @@ def test_logprob_rows_have_the_schema(tmp_path: Path) -> None:
     assert rows[-1]["skipped"] == "torch-linear-ce has no soft cap"
 
 
-@pytest.mark.parametrize("name", ["unteach", "eager", "torch-linear-ce"])
-def test_logprob_providers_agree_with_float64(name: str) -> None:
+@pytest.mark.parametrize(
+    ("bench", "names"),
+    [
+        (bench_gather_linear, ["unteach", "eager", "rows"]),
+        (bench_linear_kl, ["unteach", "eager", "liger"]),
+    ],
+)
+def test_rows_of_the_other_kernels_have_the_schema(
+    bench: Any, names: list[str], tmp_path: Path
+) -> None:
+    given = ["--preset", "tiny", "--tokens", "16", "--k", "4", "--rounds", "1"]
+    bench.main([*given, "--results", str(tmp_path)])
+    rows = rows_of(tmp_path / f"{bench.__name__.rpartition('.')[2]}.jsonl")
+    assert [row["provider"] for row in rows] == names
+    assert all(row["same_loss"] and row.keys() >= FIELDS for row in rows)
+    measured = [row for row in rows if "skipped" not in row]
+    assert all(row["loss_error"] < 1e-5 and row["floor_ms"] > 0 for row in measured)
+    assert {row["provider"] for row in rows if "skipped" in row} == {*names} & {"liger"}
+
+
+@pytest.mark.parametrize(
+    ("bench", "name"),
+    [
+        (bench_linear_logprob, "unteach"),
+        (bench_linear_logprob, "eager"),
+        (bench_linear_logprob, "torch-linear-ce"),
+        (bench_linear_kl, "unteach"),
+        (bench_linear_kl, "eager"),
+        (bench_gather_linear, "unteach"),
+        (bench_gather_linear, "eager"),
+        (bench_gather_linear, "rows"),
+    ],
+)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_providers_agree_with_float64(bench: Any, name: str, softcap: float | None) -> None:
     options: dict[str, Any] = {"tokens": 20, "k": 5, "dtype": torch.float32, "device": CPU}
-    case = make_case(Preset(1003, 24), **options)
-    provider = bench_linear_logprob.providers(CPU)[name]
+    case = make_case(Preset(1003, 24, softcap), **options)
+    provider = bench.providers(CPU)[name]
     assert provider.check is not None
+    if softcap and name == "torch-linear-ce":
+        with pytest.raises(Unavailable, match="has no soft cap"):
+            provider.make(case)
+        return
     found = provider.make(case)()
     errors = provider.check(found, case)
     assert max(errors.loss, errors.grad) < 2e-5
     wrong = provider.check((found[0], found[1], found[2] * 1.01), case)
     assert wrong.grad == pytest.approx(0.01, rel=0.1)
+    wrong = provider.check((found[0] * 1.01, *found[1:]), case)
+    assert wrong.loss == pytest.approx(0.01, rel=0.1)
+
+
+def test_floor_of_the_gather_by_hand() -> None:
+    sizes = Sizes(
+        rows=8, vocab=1000, width=16, item=2, k=4, seeds=8, union=8, unlisted=4, overlap=0
+    )
+    forward, hidden, head = gather_path(sizes)
+    assert forward == hidden == Stage(2 * 64 * 16, (64 + 8) * 32)
+    assert head == Stage(2 * 64 * 16, (64 + 1000) * 32 + 24 * 64)
 
 
 def test_figures_are_drawn_and_the_readme_block_rewritten(results: Path, tmp_path: Path) -> None:

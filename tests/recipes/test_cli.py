@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from unteach.benchmarks import bench_bitopk, bench_linear_logprob, bench_linear_topk
 from unteach.engine.config import keys, override
 from unteach.recipes.catalog import RECIPES, described_settings, find_recipe
-from unteach.recipes.cli import app
+from unteach.recipes.cli import KERNELS, app
 from unteach.recipes.opening import resolve
 
 
@@ -80,7 +79,7 @@ def test_help_shows_an_example(command: str) -> None:
         (("run", "tiny", "--set", "optim.lrr=1"), "did you mean optim.lr?"),
         (("report", "tiny"), "`unteach evaluate`"),
         (("plan", "tiny", "--memory", "inf"), "give a number of GiB"),
-        (("bench", "bitopq"), "choose bitopk, linear_topk, linear_logprob"),
+        (("bench", "bitopq"), "choose bitopk, linear_topk, gather_linear"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
@@ -110,11 +109,11 @@ def test_bench_hands_its_options_on(tmp_path: Path) -> None:
 
 def test_bench_takes_options_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for bench in (bench_bitopk, bench_linear_topk, bench_linear_logprob):
-        monkeypatch.setattr(bench, "main", seen.append)
+    for name in KERNELS:
+        monkeypatch.setattr(f"unteach.benchmarks.bench_{name}.main", seen.append)
     done = CliRunner().invoke(app, ["bench", "--preset", "tiny"])
     assert done.exit_code == 0, done.output
-    assert seen == [["--preset", "tiny"]] * 3
+    assert seen == [["--preset", "tiny"]] * len(KERNELS)
 
 
 def test_other_records_stand_without_the_recipes_open_questions() -> None:
