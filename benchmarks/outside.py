@@ -23,12 +23,13 @@ from matplotlib.figure import Figure
 
 from unteach.benchmarks.figures import read_rows
 from unteach.benchmarks.harness import RESULTS, append_rows
-from unteach.engine.config import EvaluateConfig, ModelConfig, TeacherConfig
+from unteach.engine.config import ModelConfig, TeacherConfig
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.records import Record, normalized, read_records
 from unteach.engine.data.sampler import evenly_spaced
 from unteach.engine.evaluate.reach import refusal_logps, short_answers
 from unteach.engine.evaluate.scores import Score, auc, share
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.model import load_model, load_tokenizer
 
 REFUSAL = TeacherConfig().refusal

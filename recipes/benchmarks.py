@@ -9,7 +9,6 @@ from __future__ import annotations
 from unteach.engine.config import (
     Config,
     DataConfig,
-    EvaluateConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
@@ -19,6 +18,7 @@ from unteach.engine.config import (
     TeacherConfig,
 )
 from unteach.engine.data.settings import SourceName, StandardizeConfig
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.recipes.shipped import data_file
 
 PAPER_MODEL = "meta-llama/Llama-3.2-3B-Instruct"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from unteach.engine.config import (
     Config,
     DataConfig,
-    EvaluateConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
@@ -13,6 +12,7 @@ from unteach.engine.config import (
     TargetConfig,
     TeacherConfig,
 )
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.recipes.shipped import data_file
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unteach.engine.config import EvaluateConfig
 from unteach.engine.data.found_prefixes import read_prefixes
 from unteach.engine.data.records import Goal, Record, normalized
 from unteach.engine.data.tokens import end_token
 from unteach.engine.errors import InputError
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.inference import Tokens, greedy, share_prefix
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase, head_of

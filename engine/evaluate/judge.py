@@ -13,8 +13,8 @@ from pathlib import Path
 
 from huggingface_hub import InferenceClient
 
-from unteach.engine.config import EvaluateConfig
 from unteach.engine.errors import InputError, reason
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.progress import Advance
 
 MOST_FAILURES = 3  # calls in a row that do not come through, after which no more are made

@@ -17,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from unteach.engine.config import EvaluateConfig
 from unteach.engine.data.assemble import prefixes
 from unteach.engine.data.prefix_search import (
     Propose,
@@ -32,6 +31,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.evaluate.generate import answer_all
 from unteach.engine.evaluate.pictures import BLUE, GREY, ORANGE
 from unteach.engine.evaluate.scores import Score, leaks, mean
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.files import write_atomic, write_json
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import progress, say

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unteach.engine.config import Config, EvaluateConfig
+from unteach.engine.config import Config
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.prefix_search import answer_logps
 from unteach.engine.data.records import Record, normalized, read_records
@@ -18,6 +18,7 @@ from unteach.engine.data.tokens import student_context
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.generate import answer_all, decoded
 from unteach.engine.evaluate.scores import Score, auc, share
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase
 from unteach.engine.progress import Advance, progress
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unteach.engine.config import Config, EvaluateConfig
+from unteach.engine.config import Config
 from unteach.engine.data.answers import contains_answer, is_refusal, rouge_recall
 from unteach.engine.data.records import Record, normalized
 from unteach.engine.data.tokens import student_context
@@ -38,6 +38,7 @@ from unteach.engine.evaluate.scores import (
     share,
     trained_facts,
 )
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.files import sha256_of
 from unteach.engine.model import PreTrainedModel, PreTrainedTokenizerBase

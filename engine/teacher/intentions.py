@@ -53,7 +53,7 @@ class Intention(BaseModel):
     prefix_demos: tuple[PrefixDemo, ...] = ()
     reasoning: Literal["off", "strip"] = "off"
     marker: Text = "Answer:"
-    reasoning_tokens: int = Field(128, ge=1)
+    reasoning_tokens: int = Field(default=128, ge=1)
 
     @field_validator("reasoning", mode="before")
     @classmethod

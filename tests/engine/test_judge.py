@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.engine.test_run import opened
-from unteach.engine.config import EvaluateConfig
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.judge import Question, check_judge, judge_all, verdict
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.evaluate.suites import judged, summarized
 from unteach.engine.model import tiny_model
 from unteach.engine.stages import evaluate_stage

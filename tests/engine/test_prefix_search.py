@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg as Agg
 from matplotlib.figure import Figure
 
 from tests.engine.scripted_server import serving
-from unteach.engine.config import EvaluateConfig, ModelConfig
+from unteach.engine.config import ModelConfig
 from unteach.engine.data.assemble import prefixes
 from unteach.engine.data.prefix_search import (
     Search,
@@ -32,6 +32,7 @@ from unteach.engine.errors import InputError
 from unteach.engine.evaluate import prefix_attack
 from unteach.engine.evaluate.prefix_attack import attack_with_search, draw_attack
 from unteach.engine.evaluate.scores import share
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.model import (
     PreTrainedModel,
     PreTrainedTokenizerBase,

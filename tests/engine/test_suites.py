@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from unteach.engine.config import Config, EvaluateConfig, ModelConfig
+from unteach.engine.config import Config, ModelConfig
 from unteach.engine.data.records import Record
 from unteach.engine.data.tokens import context_tokens
 from unteach.engine.errors import InputError
@@ -17,6 +17,7 @@ from unteach.engine.evaluate.choices import (
     score_options,
 )
 from unteach.engine.evaluate.generate import Answer, answer_all, asks_of, attack_prefixes
+from unteach.engine.evaluate.settings import EvaluateConfig
 from unteach.engine.evaluate.stress import check_evaluation
 from unteach.engine.evaluate.suites import Evaluation, evaluate, known, protocol_hash
 from unteach.engine.model import (
