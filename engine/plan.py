@@ -92,8 +92,9 @@ def plan_batch(config: Config, gpus: int, path: str, batch: Batch) -> Plan:
     method = find_method(config.method.name)
     goals = len(method.terms) if method.combine else 1  # gradients that are kept apart
     probes = method.own_rate and config.method.own_rate_every is not None
+    model = empty_model(path, config.model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _fake_model(path, config)
+        _replace_parameters(model, DTYPES[config.model.dtype], torch.device("cpu"))
         choose_trainable(model, config.optim)
         stored = DTYPES[config.model.dtype].itemsize
         every = sum(p.numel() for p in model.parameters())
@@ -226,15 +227,11 @@ def _probe_bytes(config: Config, model: PreTrainedModel, batch: Batch, *, reduce
     return int(live.peak)
 
 
-def _fake_model(path: str, config: Config) -> PreTrainedModel:
-    """A model whose tensors claim to be on a CPU; to be called, and used, inside the fake mode."""
-    model = empty_model(path, config.model)
-    _replace_parameters(model, DTYPES[config.model.dtype], torch.device("cpu"))
-    return model
-
-
 def _replace_parameters(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """New parameters of the same shapes; `Module.to` cannot swap fake tensors."""
+    """New parameters of the same shapes; called inside the fake mode, they take no memory.
+
+    `Module.to` cannot swap fake tensors.
+    """
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             new = torch.empty(old.shape, dtype=dtype, device=device)

@@ -15,10 +15,11 @@ def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     """NaN, or the largest integer, wherever nothing has been written yet."""
     if tensor.is_meta:
         return tensor
+    plain = tensor.detach()  # a leaf that wants gradients takes nothing in place
     if tensor.is_floating_point():
-        return tensor.fill_(float("nan"))
-    if tensor.dtype in (torch.int32, torch.int64):
-        return tensor.fill_(torch.iinfo(tensor.dtype).max)
+        plain.fill_(float("nan"))
+    elif tensor.dtype in (torch.int32, torch.int64):
+        plain.fill_(torch.iinfo(tensor.dtype).max)
     return tensor
 
 
