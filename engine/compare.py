@@ -19,7 +19,7 @@ from unteach.engine.progress import say
 from unteach.engine.run import Run
 from unteach.engine.stages import target_stage
 from unteach.engine.train.methods import METHODS, check_method
-from unteach.engine.trials import Prompted, Split, Trials
+from unteach.engine.trials import Prompted, Split, Trials, alone_at
 
 IN_CONTEXT: tuple[Prompted, ...] = ("oracle", "ensemble")
 ROWS = (*IN_CONTEXT, *METHODS)
@@ -39,10 +39,17 @@ def compare(
         stress: also measure what `evaluate` asks for beside the scores, on the base and on every
             seed of each method.
     Raises:
-        InputError: a row that cannot be trained or scored, before anything runs.
+        InputError: a row that cannot be trained or scored, or another process at this ranking,
+            before anything runs.
     """
     check_rows(run, names)
-    table = Comparison(run, stress)
+    with alone_at(run, "compare"):
+        _compare(run, names, seeds, rates, Comparison(run, stress))
+
+
+def _compare(
+    run: Run, names: Sequence[str], seeds: int, rates: Sequence[float], table: Comparison
+) -> None:
     table.check_split("test")
     if len(set(rates)) > 1 and set(names) - set(IN_CONTEXT):
         table.check_split("tune")

@@ -15,7 +15,7 @@ from unteach.engine.evaluate.levels import Level, Swept, write_factor, write_stu
 from unteach.engine.progress import say
 from unteach.engine.run import Run
 from unteach.engine.stages import target_stage
-from unteach.engine.trials import Split, Trials
+from unteach.engine.trials import Split, Trials, alone_at
 
 OWN = "as it is"
 
@@ -38,9 +38,14 @@ def study(
         split: whose questions they are scored on; `tune` to choose, `test` to confirm.
         stress: also measure what `evaluate` asks for beside the scores, on the base and each level.
     Raises:
-        InputError: a level that cannot be trained or scored, before anything runs.
+        InputError: a level that cannot be trained or scored, or another process at this study,
+            before anything runs.
     """
-    trials = Trials(run, "study", stress=split if stress else None)
+    with alone_at(run, "study"):
+        _study(run, factors, seeds, split, Trials(run, "study", stress=split if stress else None))
+
+
+def _study(run: Run, factors: Sequence[Factor], seeds: int, split: Split, trials: Trials) -> None:
     trials.check_split(split)
     planned = [(factor.name, *planned_levels(trials, factor)) for factor in factors]
     distinct = {digest for *_, digests in planned for digest in digests}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from unteach.engine.evaluate.suites import (
 )
 from unteach.engine.evaluate.told import NOTHING, Told
 from unteach.engine.evaluate.tuning import Tuning, tuning_records, tuning_split
+from unteach.engine.files import alone_in
 from unteach.engine.progress import say
 from unteach.engine.run import (
     Run,
@@ -50,6 +52,7 @@ from unteach.engine.run import (
     with_additions,
 )
 from unteach.engine.stages import train_stage, training_cache
+from unteach.engine.train.checkpoint import remove_checkpoints
 from unteach.engine.train.log import reset_peak
 from unteach.engine.train.methods import check_method, find_method, settle
 from unteach.engine.train.trunk import FrozenOutputs
@@ -153,14 +156,16 @@ class Trials:
         return self._expect(inputs, stress)
 
     def remove_weights(self, settings: Sequence[str], seed: int) -> None:
-        """A training's log and its line stay, its weights and checkpoints do not."""
+        """A training's log and its line stay, its weights and checkpoints do not.
+
+        What says that they are whole goes first: a kill halfway leaves nothing that is refused.
+        """
         if self.world.rank == 0:
-            for part in ("model", "checkpoints", "seeds.bin"):
-                path = self.cell(settings, seed).folder / part
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            folder = self.cell(settings, seed).folder
+            (folder / "stamps" / "train.json").unlink(missing_ok=True)
+            remove_checkpoints(folder / "checkpoints")
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            (folder / "seeds.bin").unlink(missing_ok=True)
         self.world.wait()
 
     def cell(self, settings: Sequence[str], seed: int) -> Run:
@@ -307,6 +312,11 @@ class Trials:
             append_trial(self.path, line)
             say(f"{self.name}: {title}: Overall {line.overall:+.1f}")
         self.world.wait()
+
+
+def alone_at(run: Run, name: str) -> AbstractContextManager[None]:
+    """Keep other processes out of a folder of trials, where they would take weights from us."""
+    return alone_in(run.folder, name) if run.world.rank == 0 else nullcontext()
 
 
 def question_scores(scored: Evaluation) -> dict[str, list[float | None]]:

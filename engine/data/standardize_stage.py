@@ -21,7 +21,13 @@ from unteach.engine.data.texts import read_passages
 from unteach.engine.data.writer import Writer, open_writer
 from unteach.engine.device import pick_device
 from unteach.engine.errors import InputError
-from unteach.engine.files import alone_in, check_apart, check_own, renamed_into_place
+from unteach.engine.files import (
+    alone_in,
+    check_apart,
+    check_own,
+    renamed_into_place,
+    sweep_partials,
+)
 from unteach.engine.model import load_model, load_tokenizer, resolve_model
 from unteach.engine.progress import progress, say
 
@@ -37,8 +43,10 @@ def standardize(config: Config) -> Path:
         InputError: no text, no record, a writer that cannot be used, a folder that is not ours, or
             one that another process writes to.
     """
-    with alone_in(Path(config.run.folder), "standardize"):
-        return _standardize(config, Path(config.run.folder))
+    folder = Path(config.run.folder)
+    with alone_in(folder, "standardize"):
+        sweep_partials(folder)
+        return _standardize(config, folder)
 
 
 def _standardize(config: Config, folder: Path) -> Path:

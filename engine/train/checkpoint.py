@@ -285,6 +285,13 @@ def _read_note(checkpoint: Path) -> dict[str, Any]:
     return note
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all there are; a kill halfway leaves none that counts and is damaged."""
+    for checkpoint in finished_checkpoints(folder):
+        _remove(checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove(checkpoint: Path) -> None:
     """Its mark first: a kill halfway leaves nothing that counts as a checkpoint."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)

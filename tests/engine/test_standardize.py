@@ -217,10 +217,13 @@ def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert not (tmp_path / "run/standardized").exists()
+        half = tmp_path / f"run/replies/.x.json.{child.pid}.partial"
+        half.write_text("half")
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         repeated = len(server.asked) - len({json.dumps(messages) for messages in server.asked})
         assert repeated <= 2  # those under way when it was killed
         assert re.search(r"[1-9]\d* replies were there already", done.stdout)
+        assert not half.exists()
     with serving(reply) as server:
         (tmp_path / "whole").mkdir()
         whole = standardize(config_of(tmp_path / "whole", server))

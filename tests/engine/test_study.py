@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,15 +14,19 @@ import pytest
 import torch
 
 from tests.engine.killed import killed_after
+from unteach.engine.compare import compare
 from unteach.engine.config import override
 from unteach.engine.data.records import read_records, write_records
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.level_pictures import draw_differences
 from unteach.engine.evaluate.levels import Level, Swept, differences, write_factor, write_study
 from unteach.engine.evaluate.ranking import Trial, difference_between
+from unteach.engine.files import alone_in
 from unteach.engine.run import Run, configured_intentions, open_run
 from unteach.engine.study import Factor, planned_levels
+from unteach.engine.study import study as study_factors
 from unteach.engine.teacher.intentions import intention_for, teacher_context
+from unteach.engine.train.checkpoint import finished_checkpoints
 from unteach.engine.train.parallel import World
 from unteach.engine.training_data import training_records
 from unteach.engine.trials import Trials, read_trials
@@ -150,6 +156,42 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("plain") / "run"
     settings = ["target=null", f"run.folder={folder}", "run.device=cpu"]
     return open_run(override(tiny(), settings), World(0, 1, torch.device("cpu"), None))
+
+
+@pytest.mark.parametrize("name", ["compare", "study"])
+def test_another_command_is_kept_out_of_trials(plain: Run, name: str) -> None:
+    """It would write the same lines, and remove weights that are being scored."""
+    kept_out = pytest.raises(InputError, match=f"Another unteach command is at stage {name}")
+    with alone_in(plain.folder, name), kept_out:
+        if name == "study":
+            study_factors(plain, [], 1, "tune")
+        else:
+            compare(plain, ["oracle"], 1, [1e-3])
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_weights_half_removed_by_a_kill_are_made_again(
+    plain: Run, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """What is left counts neither as a finished training nor as a checkpoint."""
+    trials = Trials(plain, "study")
+    folder = trials.cell((), 0).folder
+    step = folder / "checkpoints" / "step-000002"
+    for path in (folder / "model", folder / "stamps", step):
+        path.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "stamps" / "train.json", step / "complete", folder / "model" / "a"):
+        path.write_text("{}")
+    calls = iter(range(10))
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if next(calls) == removed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with nullcontext() if removed == 3 else pytest.raises(KeyboardInterrupt):
+        trials.remove_weights((), 0)
+    assert not (folder / "stamps" / "train.json").exists()
+    assert finished_checkpoints(folder / "checkpoints") == []
 
 
 def test_caches_are_shared_by_what_makes_them(plain: Run) -> None:
