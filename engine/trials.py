@@ -52,6 +52,7 @@ from unteach.engine.run import (
     with_additions,
 )
 from unteach.engine.stages import train_stage, training_cache
+from unteach.engine.teacher.manifest import SHARED
 from unteach.engine.train.checkpoint import remove_checkpoints
 from unteach.engine.train.log import reset_peak
 from unteach.engine.train.methods import check_method, find_method, settle
@@ -180,7 +181,7 @@ class Trials:
             config=_in_folder(cell.config, self.folder / name),
             asked=_in_folder(cell.asked, self.folder / name),
             folder=self.folder / name,
-            cache=shared or self.folder / "caches" / lesson,
+            cache=shared or self.folder / SHARED / lesson,
         )
 
     def opened(self, settings: Sequence[str], seed: int) -> Run:

@@ -367,7 +367,7 @@ def plan(
 
 
 def main() -> None:
-    """Run the command line; errors of input are one sentence and exit code 2."""
+    """Run the command line; errors of input and of files are one sentence and exit code 2."""
     # OpenMP threads that spin long while they wait make torch 15 times slower on a shared CPU.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
@@ -376,6 +376,11 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if "--debug" in sys.argv or error.filename is None:
+            raise
+        typer.echo(f"Error: {error.filename} cannot be used ({error.strerror}).", err=True)
         sys.exit(2)
 
 

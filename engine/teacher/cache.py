@@ -25,10 +25,9 @@ from unteach.engine.teacher.manifest import (
     Manifest,
     Shard,
     read_manifest,
+    remedy,
 )
 from unteach.kernels.bitopk import HiddenTeacher, LogitsTeacher, SparseTeacher
-
-REMEDY = "`unteach teach --rebuild` makes it again"
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ class TeacherCache:
         entry = self.entries.get(record_id)
         if entry is None:
             raise InputError(
-                f"The teacher cache in {self.folder} has no record {record_id!r}: {REMEDY}."
+                f"The teacher cache in {self.folder} has no record {record_id!r}: "
+                f"{remedy(self.folder)}."
             )
         if entry.rows == 0:
             return []
@@ -199,7 +199,7 @@ def check_fingerprints(folder: Path, manifest: Manifest, expected: Fingerprints)
     if changed:
         raise InputError(
             f"The teacher cache in {folder} was made with other {', '.join(changed)}: "
-            "`unteach teach --rebuild` makes it anew, or choose another run.folder."
+            f"{remedy(folder)}, or choose another run.folder."
         )
 
 
@@ -232,10 +232,12 @@ def _open_shard(folder: Path, manifest: Manifest, shard: Shard) -> dict[str, Ten
     }
     held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if held != wanted:
-        raise InputError(f"{path} holds other tensors than its manifest says: {REMEDY}.")
+        raise InputError(
+            f"{path} holds other tensors than its manifest says: {remedy(path.parent)}."
+        )
     labels = tensors["labels"]
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < manifest.head_rows:
-        raise InputError(f"{path} holds labels outside the vocabulary: {REMEDY}.")
+        raise InputError(f"{path} holds labels outside the vocabulary: {remedy(path.parent)}.")
     return tensors
 
 
@@ -243,20 +245,20 @@ def _open(path: Path, size: int, digest: str) -> dict[str, Tensor]:
     _check_size(path, size)
     try:
         if sha256_of(path) != digest:
-            raise InputError(f"{path} is damaged (its sha256 is another): {REMEDY}.")
+            raise InputError(f"{path} is damaged (its sha256 is another): {remedy(path.parent)}.")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}): {REMEDY}.") from error
+        raise InputError(f"{path} cannot be read ({error}): {remedy(path.parent)}.") from error
 
 
 def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
-        raise InputError(f"{path} is missing: {REMEDY}.")
+        raise InputError(f"{path} is missing: {remedy(path.parent)}.")
     if path.stat().st_size != size:
         raise InputError(
             f"{path} has {path.stat().st_size} bytes and not {size}, it was cut or altered: "
-            f"{REMEDY}."
+            f"{remedy(path.parent)}."
         )
 
 

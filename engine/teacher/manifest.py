@@ -25,6 +25,7 @@ from unteach.engine.teacher.intentions import Intentions, fingerprint
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+SHARED = "caches"  # the folder of caches that trials share, each under a name of its own
 Form = Literal["hidden", "logits", "topk"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -247,15 +248,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         if isinstance(version, int) and version != SCHEMA_VERSION:
             raise InputError(
                 f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: "
-                "`unteach teach --rebuild` makes the cache anew."
+                f"{remedy(folder)}."
             )
         return Manifest.model_validate_json(json.dumps(tree))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(
-            f"{path} is damaged ({_reason(error)}): `unteach teach --rebuild` makes the cache anew."
-        ) from error
+        raise InputError(f"{path} is damaged ({_reason(error)}): {remedy(folder)}.") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -264,6 +263,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     shards = ",\n".join(json.dumps(shard, ensure_ascii=False) for shard in tree.pop("shards"))
     text = json.dumps(tree, indent=1, ensure_ascii=False).removesuffix("\n}")
     write_atomic(folder / MANIFEST, f'{text},\n "shards": [\n{shards}\n]}}\n'.encode())
+
+
+def remedy(folder: Path) -> str:
+    """What makes a damaged cache whole; those that trials share are no command's own."""
+    if folder.parent.name == SHARED:
+        return f"remove {folder} and it is made again"
+    return "`unteach teach --rebuild` makes it again"
 
 
 def _digest(value: Any) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from unteach.engine.errors import InputError
 from unteach.engine.files import unwritable, write_atomic
 from unteach.engine.model import Head
-from unteach.engine.teacher.cache import REMEDY, bad_files, check_fingerprints
+from unteach.engine.teacher.cache import bad_files, check_fingerprints
 from unteach.engine.teacher.manifest import (
     HEAD,
     Entry,
@@ -25,6 +25,7 @@ from unteach.engine.teacher.manifest import (
     Manifest,
     Shard,
     read_manifest,
+    remedy,
     write_manifest,
 )
 
@@ -60,7 +61,7 @@ class CacheWriter:
             if bad and not rebuild:
                 raise InputError(
                     f"{self.folder / bad[0]} is damaged or missing ({len(bad)} such files): "
-                    f"{REMEDY}."
+                    f"{remedy(self.folder)}."
                 )
             kept = [shard for shard in before.shards if shard.file not in bad]
             if HEAD in bad:

@@ -38,7 +38,7 @@ from unteach.engine.files import fsync_folder, sha256_of, write_json
 from unteach.engine.model import PreTrainedModel
 from unteach.engine.progress import say
 from unteach.engine.train.lora import is_adapter
-from unteach.engine.train.parallel import World
+from unteach.engine.train.parallel import World, peer_lost
 
 COMPLETE = "complete"
 
@@ -163,6 +163,8 @@ class Saver:
         try:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
+            if peer_lost(error):
+                raise
             shutil.rmtree(self._partial(step), ignore_errors=True)
             raise InputError(
                 f"Checkpoint {self._target(step)} cannot be written ({_root_cause(error)}): free "
@@ -200,6 +202,8 @@ def resume(
         with _no_warning_alone():
             load(state, checkpoint_id=newest, no_dist=world.mesh is None)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if peer_lost(error):
+            raise
         raise InputError(
             f"Checkpoint {newest} cannot be loaded ({_root_cause(error)}): remove it to go on from "
             "the one before."

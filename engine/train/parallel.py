@@ -75,8 +75,8 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
     """Join the process group that the launcher describes, or stand alone without one.
 
     Raises:
-        InputError: the number of processes is no multiple of `replicate`, or the launcher has not
-            said all that joining takes.
+        InputError: the number of processes is no multiple of `replicate`, the launcher has not
+            said all that joining takes, or one of the others has ended early.
     """
     device = pick_device(device_name)
     size = _processes(os.environ.get("WORLD_SIZE", "1"))
@@ -110,8 +110,20 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
             )
         )
         yield World(dist.get_rank(), size, device, mesh)
+    except Exception as error:
+        if not peer_lost(error):
+            raise
+        raise InputError(
+            "Another process of this run has ended early and may have said why: once that is "
+            "mended, the same command goes on."
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def peer_lost(error: BaseException) -> bool:
+    """Whether this process waited for another one that has ended."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _processes(text: str) -> int:

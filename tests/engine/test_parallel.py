@@ -21,7 +21,8 @@ from unteach.engine.data.bytes_tokenizer import byte_tokenizer
 from unteach.engine.errors import InputError
 from unteach.engine.live_bytes import LiveBytes
 from unteach.engine.model import export_model, hidden_states, load_model, tiny_model
-from unteach.engine.train.parallel import WRAPPED, World, check_parallel, shard_model
+from unteach.engine.train import checkpoint
+from unteach.engine.train.parallel import WRAPPED, World, check_parallel, joined, shard_model
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 WATCH_A_LOAD = """
@@ -114,6 +115,42 @@ def test_processes_that_another_launcher_starts_join_or_are_refused(tmp_path: Pa
     done = subprocess.run(command, env=odd, capture_output=True, text=True, check=False)
     assert done.stderr.startswith("WORLD_SIZE is 'two', which is no number of processes: start")
     assert done.stderr.count("\n") == 1
+
+
+LOST = "[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5731."
+
+
+def test_a_process_that_is_left_alone_ends_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never tells to remove a checkpoint that is whole."""
+
+    def lost(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(LOST)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    step = tmp_path / "step-000001"
+    step.mkdir()
+    (step / "complete").write_text('{"step": 1, "fingerprint": {}, "files": {}}')
+    for name in ("save", "load"):
+        monkeypatch.setattr(checkpoint, name, lost)
+    met = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in met.items():
+        monkeypatch.setenv(name, value)
+    model: Any = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    saver = checkpoint.Saver(tmp_path, {}, ALONE, keep=1, background=False)
+    for work in (
+        lambda: checkpoint.resume(tmp_path, model, optimizer, ["weight", "bias"], {}, ALONE),
+        lambda: saver.save(2, model, optimizer, ["weight", "bias"]),
+    ):
+        told = pytest.raises(InputError, match="Another process of this run has ended early")
+        with told, joined("cpu", 1):
+            work()
+        port = str(int(port) + 1)
+        monkeypatch.setenv("MASTER_PORT", port)
 
 
 @pytest.mark.parametrize("tied", [False, True])

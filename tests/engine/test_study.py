@@ -23,6 +23,7 @@ from unteach.engine.evaluate.levels import Level, Swept, differences, write_fact
 from unteach.engine.evaluate.ranking import Trial, difference_between
 from unteach.engine.files import alone_in
 from unteach.engine.run import Run, configured_intentions, open_run
+from unteach.engine.stages import teach_stage
 from unteach.engine.study import Factor, planned_levels
 from unteach.engine.study import study as study_factors
 from unteach.engine.teacher.intentions import intention_for, teacher_context
@@ -192,6 +193,17 @@ def test_weights_half_removed_by_a_kill_are_made_again(
         trials.remove_weights((), 0)
     assert not (folder / "stamps" / "train.json").exists()
     assert finished_checkpoints(folder / "checkpoints") == []
+
+
+def test_a_damaged_cache_of_trials_is_mended_by_what_its_error_says(plain: Run) -> None:
+    """`unteach teach --rebuild` makes the run's own cache, never that one."""
+    cell = Trials(plain, "study").cell(("teacher.form=topk",), 0)
+    cell.cache_folder.mkdir(parents=True)
+    (cell.cache_folder / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=f"remove {cell.cache_folder} and it is made again"):
+        teach_stage(cell)
+    shutil.rmtree(cell.cache_folder)
+    assert teach_stage(cell).manifest.complete
 
 
 def test_caches_are_shared_by_what_makes_them(plain: Run) -> None:

@@ -144,7 +144,7 @@ def test_a_damaged_manifest_is_mended_by_the_command_that_its_error_names(
     folder = tmp_path / "run"
     shutil.copytree(walked, folder)
     (folder / "cache" / "manifest.json").write_text(damage)
-    with pytest.raises(AssertionError, match=r"`unteach teach --rebuild` makes the cache anew"):
+    with pytest.raises(AssertionError, match=r"`unteach teach --rebuild` makes it again"):
         unteach("teach", "tiny", folder=folder)
     unteach("teach", "tiny", "--rebuild", folder=folder)
     assert digests(folder / "cache") == digests(walked / "cache")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unteach.engine.config import keys, override
+from unteach.recipes import cli
 from unteach.recipes.catalog import RECIPES, described_settings, find_recipe
 from unteach.recipes.cli import KERNELS, app
 from unteach.recipes.opening import resolve
@@ -43,6 +45,23 @@ def test_a_key_that_is_not_there_leads_to_the_list_of_those_that_are() -> None:
     assert (
         "method.alpha=1.0  # weight of the student's top-K set" in unteach("recipes", "tiny").stdout
     )
+
+
+def test_a_file_that_cannot_be_used_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/tiny/seeds.bin")
+
+    monkeypatch.setattr(cli, "app", refused)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told == "Error: runs/tiny/seeds.bin cannot be used (Permission denied).\n"
+    monkeypatch.setattr(sys, "argv", ["unteach", "--debug"])
+    with pytest.raises(PermissionError):
+        cli.main()
 
 
 @pytest.mark.parametrize(
