@@ -7,6 +7,7 @@ process the same code runs unsharded.
 from __future__ import annotations
 
 import os
+import time
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ from unteach.engine.train.recompute import checkpoint_blocks
 
 # Rank 0 evaluates while the others wait at a barrier.
 WAIT = timedelta(hours=12)
+# A thread of gloo lets go of the last collective after we have seen its end, and takes the
+# interpreter's lock for that: where the interpreter is gone by then, the process aborts.
+SETTLE_S = 0.1
 LOSS_METHOD = "supervised_loss"
 HEAD_METHOD = "enter_head"
 WRAPPED = "_checkpoint_wrapped_module."
@@ -118,6 +122,7 @@ def joined(device_name: str, replicate: int) -> Iterator[World]:
             "mended, the same command goes on."
         ) from error
     finally:
+        time.sleep(SETTLE_S)
         dist.destroy_process_group()
 
 
