@@ -165,7 +165,8 @@ class Trials:
             folder = self.cell(settings, seed).folder
             (folder / "stamps" / "train.json").unlink(missing_ok=True)
             remove_checkpoints(folder / "checkpoints")
-            shutil.rmtree(folder / "model", ignore_errors=True)
+            if (folder / "model").is_dir():
+                shutil.rmtree(folder / "model")
             (folder / "seeds.bin").unlink(missing_ok=True)
         self.world.wait()
 

@@ -293,7 +293,8 @@ def remove_checkpoints(folder: Path) -> None:
     """Remove all there are; a kill halfway leaves none that counts and is damaged."""
     for checkpoint in finished_checkpoints(folder):
         _remove(checkpoint)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -39,8 +39,8 @@ from unteach.engine.train.recompute import checkpoint_blocks
 
 # Rank 0 evaluates while the others wait at a barrier.
 WAIT = timedelta(hours=12)
-# A thread of gloo lets go of the last collective after we have seen its end, and takes the
-# interpreter's lock for that: where the interpreter is gone by then, the process aborts.
+# Gloo's threads outlive the group, for DTensor's caches keep its mesh. A finished process aborted
+# once on its way out; a likely cause is one that lets go of the last collective after Python ended.
 SETTLE_S = 0.1
 LOSS_METHOD = "supervised_loss"
 HEAD_METHOD = "enter_head"
