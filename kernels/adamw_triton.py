@@ -79,8 +79,9 @@ def adamw_kernel(
     g = tl.load(g_ptr + offs, mask=live, other=0.0).to(tl.float32)
     step = tl.load(step_ptr)
 
-    m = m + rest1 * (g - m)
-    v = v + rest2 * (g * g - v)
+    # Not m + (1-β)(g - m): where β is near 0 that loses a g far smaller than the moment.
+    m = (m - rest1 * m) + rest1 * g
+    v = (v - rest2 * v) + rest2 * (g * g)
     down = tl.sqrt(v / _lost(log_beta2, step)) + eps
     p = p * kept - lr * (m / _lost(log_beta1, step)) / down
 

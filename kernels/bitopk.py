@@ -47,7 +47,6 @@ from unteach.kernels.teachers import (
     LogitsTeacher,
     SparseTeacher,
     Teacher,
-    TeacherReader,
     check_teacher,
     teacher_operands,
 )
@@ -188,41 +187,24 @@ def bitopk_loss(
     backend = choose_backend(
         backend, hidden_ND, *teacher_operands(teacher), without_triton=_too_wide(teacher, options)
     )
-    normalizer = max(hidden_ND.shape[0], 1) if normalizer is None else normalizer
-    wants_hidden_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
+    asked: dict[str, Any] = {
+        "vocab": limit,
+        "weight_N": weight_N,
+        "normalizer": max(hidden_ND.shape[0], 1) if normalizer is None else normalizer,
+        "seeds_NS": seeds_NS,
+        "wants_hidden_grad": torch.is_grad_enabled() and hidden_ND.requires_grad,
+    }
     with torch.no_grad():
         if backend == "triton":
             from unteach.kernels.bitopk_triton import forward_triton
             from unteach.kernels.triton_source import TritonLinear
 
-            forward = forward_triton(
-                TritonLinear.of(hidden_ND, head_VD, bias_V, options.scale),
-                teacher,
-                options,
-                vocab=limit,
-                weight_N=weight_N,
-                normalizer=normalizer,
-                seeds_NS=seeds_NS,
-                wants_hidden_grad=wants_hidden_grad,
-            )
+            linear = TritonLinear.of(hidden_ND, head_VD, bias_V, options.scale)
+            forward = forward_triton(linear, teacher, options, **asked)
         else:
             dtype = accumulation_dtype(hidden_ND)
-            forward = forward_torch(
-                LinearSource(hidden_ND, head_VD, bias_V, options.scale, dtype),
-                TeacherReader(
-                    teacher,
-                    k=options.k,
-                    vocab=limit,
-                    scale=options.scale,
-                    softcap=options.softcap,
-                    dtype=dtype,
-                ),
-                options,
-                weight_N=weight_N,
-                normalizer=normalizer,
-                seeds_NS=seeds_NS,
-                wants_hidden_grad=wants_hidden_grad,
-            )
+            source = LinearSource(hidden_ND, head_VD, bias_V, options.scale, dtype)
+            forward = forward_torch(source, teacher, options, **asked)
     found = forward.output
     loss = _SparseLoss.apply(
         hidden_ND,

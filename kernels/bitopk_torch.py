@@ -15,7 +15,7 @@ from torch import Tensor
 from unteach.kernels.checks import valid_ids
 from unteach.kernels.logit_source import LinearSource
 from unteach.kernels.sparse_grad import Pairs, hidden_grad
-from unteach.kernels.teachers import TeacherReader, TeacherRows
+from unteach.kernels.teachers import Teacher, TeacherReader, TeacherRows
 from unteach.kernels.topk_filter import exact_topk, row_blocks, tile_width
 from unteach.kernels.union_loss import join_sets, row_losses
 
@@ -73,9 +73,10 @@ class _Block:
 
 def forward_torch(
     source: LinearSource,
-    reader: TeacherReader,
+    teacher: Teacher,
     options: LossOptions,
     *,
+    vocab: int,
     weight_N: Tensor | None,
     normalizer: float | Tensor,
     seeds_NS: Tensor | None,
@@ -83,30 +84,32 @@ def forward_torch(
 ) -> Forward:
     """Every row that is not ignored, block after block."""
     n, dtype, device, head_VD = source.rows, source.dtype, source.device, source.head_VD
-    found = min(2 * options.k, head_VD.shape[0]) if options.alpha else 0
+    k, scale, softcap = options.k, options.scale, options.softcap
+    reader = TeacherReader(teacher, k=k, vocab=vocab, scale=scale, softcap=softcap, dtype=dtype)
+    found = min(2 * k, head_VD.shape[0]) if options.alpha else 0
     factor_N = torch.ones(n, dtype=dtype, device=device)
     factor_N = factor_N if weight_N is None else weight_N.to(dtype)
     active_N = factor_N.nonzero().squeeze(1)
     factor_N = factor_N / normalizer
-    seeds_NS = None if seeds_NS is None else valid_ids(seeds_NS, reader.vocab)
+    seeds_NS = None if seeds_NS is None else valid_ids(seeds_NS, vocab)
     row_loss_N = torch.zeros(n, dtype=dtype, device=device)
     student_ids_NS = torch.full((n, found), -1, dtype=torch.int32, device=device)
     coverage_N = torch.ones(n, dtype=torch.float32, device=device)
     grad_ND = row_loss_N.new_zeros(n, head_VD.shape[1]) if wants_hidden_grad else None
     parts: list[Pairs] = []
     fallback = 0
-    tile = tile_width(options.k, reader.vocab)
-    for block in row_blocks(active_N.shape[0], tile, options.k):
+    tile = tile_width(k, vocab)
+    for block in row_blocks(active_N.shape[0], tile, k):
         rows = block if active_N.shape[0] == n else active_N[block]
         here, seeds = source.take(rows), None if seeds_NS is None else seeds_NS[rows]
-        result = _forward_block(here, reader.read(rows), options, reader.vocab, seeds)
+        result = _forward_block(here, reader.read(rows), options, vocab, seeds)
         row_loss_N[rows], coverage_N[rows] = result.row_loss_N, result.coverage_N
         student_ids_NS[rows] = result.student_ids_NS.to(torch.int32)
         fallback += result.fallback
         pairs, rows_P = result.pairs, active_N[block][result.pairs.rows_P]
         pairs = Pairs(pairs.rows_P, pairs.ids_P, pairs.slopes_P * factor_N[rows_P])
         if grad_ND is not None:
-            grad_ND[rows] = hidden_grad(pairs, head_VD, here.rows, options.scale)
+            grad_ND[rows] = hidden_grad(pairs, head_VD, here.rows, scale)
         parts.append(Pairs(rows_P.to(torch.int32), pairs.ids_P.to(torch.int32), pairs.slopes_P))
     loss = (row_loss_N.double() * factor_N.double())[active_N].sum().to(dtype)
     count = torch.tensor(fallback, device=device)

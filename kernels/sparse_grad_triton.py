@@ -8,6 +8,8 @@ number.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -68,23 +70,8 @@ def head_grad_triton(
     ids_P, order = ids_P.masked_fill(ids_P < 0, vocab).sort(stable=True)
     rows_P, slopes_P = pairs.rows_P.to(torch.int32)[order], pairs.slopes_P[order]
 
-    place_P = torch.arange(total, device=device)
-    first = torch.ones(total, dtype=torch.bool, device=device)
-    first[1:] = ids_P[1:] != ids_P[:-1]
-    # A running maximum would say the same, in one thread block for the whole list.
-    run_P = first.cumsum(0) - 1
-    starts = place_P.new_full((total + 1,), total)
-    starts.scatter_(0, torch.where(first, run_P, total), torch.where(first, place_P, total))
-    begin_P, end_P = starts[run_P], starts[run_P + 1]
-    opens = ((place_P - begin_P) % unit == 0) & (ids_P < vocab)
-    shared = opens & (end_P - begin_P > unit)
-    slots = 2 * (total // unit) + 1
-    start_U, units = _compact(place_P, opens, total)
-    slot_P = (shared.cumsum(0) - 1).masked_fill(~shared, -1)
-    length_U = torch.minimum(end_P[start_U] - start_U, torch.full_like(start_U, unit))
-    kept = torch.empty(slots, width, dtype=torch.float32, device=device)
-    start_J, joins = _compact(place_P, shared & first, slots)
-    units_J = (end_P[start_J] - start_J + unit - 1) // unit
+    runs = _cut(ids_P, vocab, unit)
+    kept = torch.empty(runs.slots, width, dtype=torch.float32, device=device)
     block = _columns(width)
     programs = (2 if interpreting() else _PROGRAMS, -(-width // block))
     with on_device(hidden_ND):
@@ -92,10 +79,10 @@ def head_grad_triton(
             rows_P,
             slopes_P,
             ids_P,
-            start_U.to(torch.int32),
-            length_U.to(torch.int32),
-            slot_P[start_U].to(torch.int32),
-            units,
+            runs.start_U,
+            runs.length_U,
+            runs.slot_U,
+            runs.units,
             hidden_ND,
             grad_VD,
             kept,
@@ -108,10 +95,10 @@ def head_grad_triton(
         )
         head_join_kernel[programs](
             ids_P,
-            start_J.to(torch.int32),
-            slot_P[start_J].to(torch.int32),
-            units_J.to(torch.int32),
-            joins,
+            runs.start_J,
+            runs.slot_J,
+            runs.units_J,
+            runs.joins,
             kept,
             grad_VD,
             width,
@@ -119,6 +106,56 @@ def head_grad_triton(
             num_warps=4,
         )
     return grad_VD
+
+
+class _Runs(NamedTuple):
+    """Runs of equal ids cut into units [U], and the runs of several units, to be joined [J].
+
+    Int32; of the lists, which have the size of their bounds, the first `units` and `joins` count.
+    A unit of a run that has several keeps its sum in its slot, -1 where it writes the gradient.
+    """
+
+    start_U: Tensor
+    length_U: Tensor
+    slot_U: Tensor
+    units: Tensor
+    start_J: Tensor
+    slot_J: Tensor
+    units_J: Tensor
+    joins: Tensor
+    slots: int
+
+
+def _cut(ids_P: Tensor, vocab: int, unit: int) -> _Runs:
+    """Cut sorted ids, `vocab` behind the last, into units of at most `unit` pairs of one id."""
+    total = ids_P.shape[0]
+    place_P = torch.arange(total, device=ids_P.device)
+    first = torch.ones(total, dtype=torch.bool, device=ids_P.device)
+    first[1:] = ids_P[1:] != ids_P[:-1]
+    # A running maximum would say the same, in one thread block for the whole list.
+    run_P = first.cumsum(0) - 1
+    starts = place_P.new_full((total + 1,), total)
+    starts.scatter_(0, torch.where(first, run_P, total), torch.where(first, place_P, total))
+    begin_P, end_P = starts[run_P], starts[run_P + 1]
+    opens = ((place_P - begin_P) % unit == 0) & (ids_P < vocab)
+    shared = opens & (end_P - begin_P > unit)
+    slots = 2 * (total // unit) + 1
+    start_U, units = _compact(place_P, opens, total)
+    slot_P = (shared.cumsum(0) - 1).masked_fill(~shared, -1).to(torch.int32)
+    length_U = torch.minimum(end_P[start_U] - start_U, torch.full_like(start_U, unit))
+    start_J, joins = _compact(place_P, shared & first, slots)
+    units_J = (end_P[start_J] - start_J + unit - 1) // unit
+    return _Runs(
+        start_U.to(torch.int32),
+        length_U.to(torch.int32),
+        slot_P[start_U],
+        units,
+        start_J.to(torch.int32),
+        slot_P[start_J],
+        units_J.to(torch.int32),
+        joins,
+        slots,
+    )
 
 
 def _compact(place_P: Tensor, chosen: Tensor, bound: int) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,25 @@ def _adamw(
     return p, m, v
 
 
+@torch.no_grad()
+def add_on_average(parameter: Tensor, change: Tensor, number: int) -> None:
+    """Add `change` to this rank's rows of a parameter, and what bf16 cannot hold on average.
+
+    Args:
+        change: of the shape of those rows.
+        number: sets the noise of this parameter apart from that of others.
+    """
+    flat, added = _local(parameter).view(-1), change.reshape(-1)
+    first, salt = _first_element(parameter), _salt(0, number)
+    once = torch.zeros((), device=flat.device)
+    for start in range(0, flat.numel(), SLICE):
+        old = flat[start : start + SLICE]
+        value = old.float() + added[start : start + SLICE]
+        if old.dtype == torch.bfloat16:
+            value = rounded(value, noise(len(old), first + start, salt, once)[0])
+        old.copy_(value)
+
+
 def rounded(value: Tensor, drawn: Tensor) -> Tensor:
     """float32 values as bf16, up where the 16 bits that go and those drawn come to 2^16."""
     bits = value.view(torch.int32).add(drawn).bitwise_and_(~MASK)

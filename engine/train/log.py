@@ -122,7 +122,11 @@ class StepLog:
         self.tokens += sums.counts_2[0]
 
     def write(self, step: int, sums: StepSums, lr: float, norm: Tensor) -> dict[str, Any]:
-        """Append the line of a step that has just ended; returns it on every rank."""
+        """Append the line of a step that has just ended; returns it on every rank.
+
+        `loss_<goal>` is the plain mean over that goal's supervised rows, one that two backward
+        passes read counted twice: without weights, so these do not add up to `loss`.
+        """
         world = self.world
         loss = float(world.reduced(sums.loss))
         goals = world.reduced(sums.goals_G3).tolist()

@@ -1,4 +1,4 @@
-"""The training loop: draw, loss, backward, step, log, save. One function, read top to bottom."""
+"""The training loop: draw, loss, backward, step, log, save. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from unteach.engine.train.parallel import (
 from unteach.engine.train.read_ahead import ReadAhead
 from unteach.engine.train.report_to import reporting
 from unteach.engine.train.seeds import SeedFile
-from unteach.engine.train.supervise import micro_batch, rows_read, split_step, supervised_loss
+from unteach.engine.train.supervise import Part, micro_batch, rows_read, split_step, supervised_loss
 from unteach.engine.train.surgery import GoalGradients
 from unteach.engine.train.trunk import FrozenOutputs, Trunk, frozen_depth
 
@@ -95,9 +95,9 @@ def train(job: Job, world: World) -> Path:
     start = resume(job.folder / "checkpoints", model, optimizer, trainable, job.fingerprint, world)
     saver = open_saver(job, world)
     log, guard = StepLog(job.folder / "train.jsonl", start, world), FiniteGuard(optimizer, world)
-    seeds = open_seeds(job, head, world)
     streams, trunk = prepare_contexts(job, model, world)
     cache = ReadAhead(job.cache, world.device) if job.cache is not None else None
+    passes = Passes(config, model, head, cache, open_seeds(job, head, world), trunk, world)
 
     with (
         stop_requests(world) as stop_asked,
@@ -109,21 +109,7 @@ def train(job: Job, world: World) -> Path:
 
             sums, goals = StepSums(world), GoalGradients(model, method, world)
             for part in parts:
-                batches = rank_batches(part.examples, world.rank, world.size, optim.accumulation)
-                for index, chosen in enumerate(batches):
-                    batch = micro_batch(chosen, part, config)
-                    replay = trunk.replaying(batch) if trunk else nullcontext()
-                    batch = batch.to(world.device)
-                    sync_gradients(model, world, last=index == len(batches) - 1)
-                    with compute_dtype(config.parallel, world), replay:
-                        # A rank with nothing to supervise still takes part in every reduction.
-                        output = getattr(model, LOSS_METHOD)(
-                            batch, part, method, head, cache, seeds, float(bool(chosen))
-                        )
-                    # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
-                    (output.loss * world.size).backward()
-                    if chosen:
-                        sums.add(batch, output)
+                passes.run(part, sums)
                 goals.keep()
             goals.combine()
 
@@ -158,6 +144,44 @@ def train(job: Job, world: World) -> Path:
     export_model(model, job.tokenizer, model_state(model), job.folder / "model", rank=world.rank)
     world.wait()
     return job.folder / "model"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward and backward of a part's micro-batches: gradients add up in the parameters."""
+
+    config: Config
+    model: PreTrainedModel
+    head: Head
+    cache: ReadAhead | None
+    seeds: SeedFile | None
+    trunk: Trunk | None
+    world: World
+
+    def run(self, part: Part, sums: StepSums) -> None:
+        """This rank's share of the part; its losses and counts are added to `sums`."""
+        config, world = self.config, self.world
+        batches = rank_batches(part.examples, world.rank, world.size, config.optim.accumulation)
+        for index, chosen in enumerate(batches):
+            batch = micro_batch(chosen, part, config)
+            replay = self.trunk.replaying(batch) if self.trunk else nullcontext()
+            batch = batch.to(world.device)
+            sync_gradients(self.model, world, last=index == len(batches) - 1)
+            with compute_dtype(config.parallel, world), replay:
+                # A rank with nothing to supervise still takes part in every reduction.
+                output = getattr(self.model, LOSS_METHOD)(
+                    batch,
+                    part,
+                    config.method,
+                    self.head,
+                    self.cache,
+                    self.seeds,
+                    float(bool(chosen)),
+                )
+            # FSDP2 averages gradients over ranks; each loss is a share of the global sum.
+            (output.loss * world.size).backward()
+            if chosen:
+                sums.add(batch, output)
 
 
 def prepare_model(job: Job, world: World) -> tuple[PreTrainedModel, Head, list[str]]:

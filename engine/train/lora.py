@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unteach.engine.config import OptimConfig
 from unteach.engine.errors import InputError
 from unteach.engine.model import PreTrainedModel, blocks
+from unteach.engine.train.lean_adamw import add_on_average
 from unteach.engine.train.parallel import WRAPPED, local, own_rows, whole
 
 ADAPTERS = ("lora_A", "lora_B")
@@ -104,10 +105,12 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
 def merge_adapters(model: nn.Module) -> None:
     """Add (α/r)·B·A to each frozen weight and set B to zero: the outputs stay.
 
-    Sharded, a rank needs all of A and its own rows of B alone.
+    A bf16 weight is rounded stochastically: to nearest, all that is smaller than half a unit in the
+    last place would go, most of what a small learning rate has learned. Sharded, a rank needs all
+    of A and its own rows of B alone.
     """
-    for layer in adapted_layers(model).values():
-        own_B, weight = local(layer.lora_B), local(layer.weight)
+    for number, layer in enumerate(adapted_layers(model).values()):
+        own_B = local(layer.lora_B)
         low = own_B.float() @ whole(layer.lora_A).float()
-        weight.copy_(weight.float() + layer.lora_scale * low)
+        add_on_average(layer.weight, layer.lora_scale * low, number)
         own_B.zero_()

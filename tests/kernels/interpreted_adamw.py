@@ -56,6 +56,18 @@ def test_float32_is_adamw_by_its_formula(size: int) -> None:
         torch.testing.assert_close(one.double(), wanted, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("by_kernel")
+def test_without_memory_a_small_gradient_behind_a_large_one_counts() -> None:
+    """β = 0: both moments are the gradient's own, so each step is lr, whatever came before."""
+    parameter = torch.zeros(3, requires_grad=True)
+    options = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 1e-12, "state_dtype": FP32, "seed": 5}
+    lean = LeanAdamW([{"params": [parameter], "weight_decay": 0.0}], **options)
+    for g in (1.0, 1e-4):
+        parameter.grad = torch.full((3,), g)
+        lean.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), -1.0))
+
+
 @pytest.mark.parametrize(("dtype", "state"), [(BF16, BF16), (BF16, FP32), (FP32, BF16)])
 def test_rounded_as_torchs_operations_round(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, state: torch.dtype
