@@ -100,7 +100,7 @@ def chosen_rates(text: str | None, lr: float) -> tuple[float, ...]:
         InputError: something that is no number above 0.
     """
     if text is None:
-        return tuple(float(f"{rate:.3g}") for rate in (lr / 3, lr, 3 * lr))
+        return float(f"{lr / 3:.3g}"), lr, float(f"{3 * lr:.3g}")
     try:
         rates = tuple(float(part) for part in text.split(","))
     except ValueError as error:

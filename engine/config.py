@@ -310,28 +310,39 @@ def dump_config(config: Config) -> str:
 def override(config: Config, settings: Sequence[str]) -> Config:
     """A copy with `section.key=value` settings applied; a value is JSON, or else plain text.
 
+    A list needs no quotes around its texts, which shells take away: `[forget,attack]`.
+
     Raises:
         InputError: a setting without `=`, an unknown key (the nearest name is given), a bad value.
     """
     tree = config.model_dump(mode="python")
-    names, numbers = keys(), {}
+    names, texts = keys(), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting} has no '=': write section.key=value.")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
+        value = _value(text)
         put(tree, name, value, names)
-        if isinstance(value, int | float):
-            numbers[name] = text
+        if isinstance(value, int | float | list):
+            texts[name] = text
     try:
         Config.model_validate(tree)
     except ValidationError as error:  # a folder called 2024, a revision of digits
-        for name in wanted_texts(error) & numbers.keys():
-            put(tree, name, numbers[name], names)
+        for name in wanted_texts(error) & texts.keys():
+            put(tree, name, texts[name], names)
     return validated(tree)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        if not (text.startswith("[") and text.endswith("]")):
+            return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def validated(tree: Mapping[str, Any]) -> Config:

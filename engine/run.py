@@ -135,7 +135,7 @@ class Run:
         return load_config(path) if path.is_file() else self.config
 
     def remember(self, config: Config | None = None) -> None:
-        """Write config.yaml and environment.json, once a stage has work to do and may do it.
+        """Write config.yaml, environment.json and records.md, once a stage may do its work.
 
         A command that is refused must leave those of what it was refused for.
 
@@ -147,6 +147,10 @@ class Run:
             text = dump_config(self.config if config is None else config)
             write_atomic(self.folder / "config.yaml", text.encode())
             write_json(self.folder / "environment.json", environment(self.world))
+            if self.config.data.source is None and self.home is None:
+                name, near = Path(self.config.data.path).name, near_duplicates(self.records)
+                sheet = self.folder / "records.md"
+                write_sheet(sheet, self.records, rejects=Rejects(), name=name, near=near)
 
     def remember_scoring(self) -> None:
         """`remember` for a stage that scores a model: what made it stays as it was."""
@@ -200,10 +204,6 @@ def open_run(config: Config, world: World) -> Run:
     if world.rank == 0:
         _make_folder(folder)
         sweep_partials(folder)
-        if config.data.source is None:
-            near = near_duplicates(records)
-            sheet = folder / "records.md"
-            write_sheet(sheet, records, rejects=Rejects(), name=path.name, near=near)
         resolve_model(config.model.path, folder)
     world.wait()
     origin = resolve_model(config.model.path, folder)
@@ -271,8 +271,9 @@ def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: P
     made = before.pop("output", None)
     changed = sorted(k for k in {**before, **wanted} if before.get(k) != wanted.get(k))
     if changed:
+        what = ", ".join(_told(key, before.get(key), wanted.get(key)) for key in changed)
         raise InputError(
-            f"{output} was made with another {', '.join(changed)}: choose another run.folder, or "
+            f"{output} was made with another {what}: choose another run.folder, or "
             f"remove {output} to make it again."
         )
     altered = _altered(output, made)
@@ -282,6 +283,14 @@ def stamp_matches(folder: Path, stage: str, inputs: Mapping[str, Any], output: P
             f"remove {output} to make it again."
         )
     return True
+
+
+def _told(name: str, made: Any, wanted: Any) -> str:
+    """An input that changed; of a section of settings those that did."""
+    if not isinstance(made, dict) or not isinstance(wanted, dict):
+        return name
+    apart = [k for k in {**made, **wanted} if made.get(k) != wanted.get(k)]
+    return ", ".join(f"{name}.{k} ({made.get(k)}, now {wanted.get(k)})" for k in apart)
 
 
 def leave_stamp(folder: Path, stage: str, inputs: Mapping[str, Any], output: Path) -> None:

@@ -29,7 +29,7 @@ from unteach.engine.evaluate.report import (
 )
 from unteach.engine.evaluate.stress import check_evaluation, stressed
 from unteach.engine.evaluate.suites import evaluate, protocol_hash
-from unteach.engine.files import alone_in, write_json
+from unteach.engine.files import alone_in, read_json, write_json
 from unteach.engine.progress import say
 from unteach.engine.run import (
     Run,
@@ -70,9 +70,7 @@ def target_stage(run: Run) -> None:
         return
     output = run.folder / "target" / "model"
     inputs = {
-        "model": run.fingerprint(run.origin),
-        "tokenizer": tokenizer_fingerprint(run.tokenizer),
-        "records": records_fingerprint(run.taught_records),
+        **base_inputs(run),
         "intentions": digest(run.intentions.model_dump(mode="json") if run.intentions else None),
         "target": config.target.model_dump(mode="json"),
         "refusal": config.teacher.refusal,
@@ -98,6 +96,34 @@ def target_stage(run: Run) -> None:
     if run.world.rank == 0:
         leave_stamp(run.folder, "target", inputs, output)
     run.world.wait()
+
+
+def base_inputs(run: Run) -> dict[str, str]:
+    """What a taught base was made of before any setting: model, tokenizer and records."""
+    return {
+        "model": run.fingerprint(run.origin),
+        "tokenizer": tokenizer_fingerprint(run.tokenizer),
+        "records": records_fingerprint(run.taught_records),
+    }
+
+
+def check_made_of(run: Run) -> None:
+    """Refuse to ask models of this folder as if this command's model and records had made them.
+
+    Raises:
+        InputError: a stamp of the folder names others; says which.
+    """
+    stages = {"target": base_inputs(run)} if run.config.target else {}
+    for stage, inputs in {**stages, "train": {"model": run.base_fingerprint}}.items():
+        path = run.folder / "stamps" / f"{stage}.json"
+        made = read_json(path) if path.is_file() else {}
+        made = made if isinstance(made, dict) else {}
+        if changed := [k for k, v in inputs.items() if made.get(k, v) != v]:
+            raise InputError(
+                f"The models in {run.folder} were made with another {', '.join(changed)}: give the "
+                "settings of that run (--config its config.yaml), or choose another run.folder; "
+                "evaluate.extra_records asks further questions."
+            )
 
 
 def _train_alone(run: Run, job: Job) -> None:
@@ -226,6 +252,7 @@ def evaluate_stage(run: Run) -> None:
     if not (trained / "config.json").is_file():
         raise InputError(f"{trained} holds no trained model yet: `unteach train` makes one.")
     if run.world.rank == 0:
+        check_made_of(run)
         mmlu = check_evaluation(run.config, run.records)
         config, words = run.config, tokenizer_fingerprint(run.tokenizer)
         protocol = protocol_hash(config, run.records, mmlu, words)
@@ -262,8 +289,12 @@ def prefix_stage(run: Run, target: str, *, rounds: int, children: int, per_quest
     paths = {"base": run.base, "model": str(run.folder / "model")}
     ours = target == "model" or run.config.target is not None  # any other base may be a hub id
     if target not in paths or (ours and not (Path(paths[target]) / "config.json").is_file()):
-        raise InputError(f"There is no target {target} here: `unteach train` makes base and model.")
+        raise InputError(
+            f"There is no target {target} here: it is `base` or `model`, and `unteach train` makes "
+            "both."
+        )
     if run.world.rank == 0:
+        check_made_of(run)
         config = run.config
         writer = open_writer(config.writer, run.folder, run.world.device)
         prompts = load_prompts(config.standardize.prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +29,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Ctrl-C ends a command with one sentence and exit code 130."""
+    """Ctrl-C and SIGTERM end a command with one sentence and exit code 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("Stopped; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -67,7 +67,8 @@ def split_records(
     fewer, only records near the border change sides.
 
     Args:
-        fixed: id to split where the benchmark says it; its questions win over hashed ones.
+        fixed: id to split where the benchmark says it. No test asks what is trained, whoever says
+            so: such a test is left out and counted.
         share: of each goal's other questions that becomes `test`.
     """
     decided: list[Record] = []

@@ -103,7 +103,7 @@ def choice_row(row: Row) -> Iterator[Fields]:
 
     A CSV cell holds the list as JSON and the index as digits.
     """
-    choices, correct = _from_cell(row.get("choices")), _from_cell(row.get("answer"))
+    choices, correct = from_cell(row.get("choices")), from_cell(row.get("answer"))
     if not isinstance(choices, list) or len(choices) < 2:
         raise RowError("no list in field choices")
     texts = [_text(choice, "choices") for choice in choices]
@@ -170,7 +170,8 @@ def rwku_attack_reader(subject: str | None) -> Reader:
     return read_attack
 
 
-def _from_cell(value: Any) -> Any:
+def from_cell(value: Any) -> Any:
+    """What a cell of a CSV holds as JSON; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -30,6 +30,7 @@ from unteach.engine.data.benchmarks import (
     Source,
     choice_row,
     find_source,
+    from_cell,
     qa_row,
     text_row,
 )
@@ -82,7 +83,9 @@ def collect(settings: SourceSettings, *, rejects: Rejects | None = None) -> Coll
     for part, rows in parts:
         for record, wrong in _records(name, part, rows, settings, rejects):
             drafts.append(record)
-            if part.held is not None:
+            if "split" in record.model_fields_set:
+                fixed[record.id] = record.split
+            elif part.held is not None:
                 fixed[record.id] = part.held
             if wrong:
                 confusable[record.id] = wrong
@@ -162,7 +165,7 @@ def _records(
     if not found and not part.optional and settings.subset is None:
         raise InputError(
             f"{part.name} of {name} gives no record (left out: {rejects}): its rows need "
-            f"{', '.join(part.columns)}."
+            f"{', '.join(part.columns or LOCAL_FIELDS)}."
         )
 
 
@@ -291,9 +294,24 @@ def _local_row(row: Row) -> Iterator[Fields]:
         goal: Goal | None = row.get("goal") if row.get("goal") in GOALS else None
         if "goal" in row and goal is None:
             raise RowError(f"goal that is none of {', '.join(GOALS)}")
-        extra = {"goal": goal} if goal else {}
+        extra: Fields = {"goal": goal} if goal else {}
         if isinstance(row.get("prefix"), str) and row["prefix"].strip():
             extra["prefix"] = row["prefix"]
         if isinstance(row.get("topic"), str) and row["topic"].strip():
             extra["topic"] = row["topic"]
+        if row.get("aliases"):
+            extra["aliases"] = [*fields.get("aliases", []), *_texts(row["aliases"])]
+        if row.get("split"):
+            if row["split"] not in get_args(Split):
+                raise RowError(f"split that is none of {', '.join(get_args(Split))}")
+            extra["split"] = row["split"]
         yield {**fields, **extra}
+
+
+def _texts(given: Any) -> list[str]:
+    """Texts of a list; a CSV cell holds it as JSON, or is one text."""
+    found = from_cell(given)
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise RowError("aliases that are no list of texts")
+    return [text for text in found if text.strip()]

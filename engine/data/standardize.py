@@ -7,6 +7,7 @@ records; with one, each becomes questions, and every forget question gets its an
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -277,16 +278,19 @@ class Standardizer:
 
 
 class _Turns:
-    """Whose turn it is among prefixes and test rows."""
+    """Whose turn it is: of each use the prefixes go round, and every other test row is chosen.
+
+    Each counts by itself: with one count for all, some prefixes and rows would never come up.
+    """
 
     def __init__(self) -> None:
-        self._turn = count()
+        self._turns: defaultdict[str, Iterator[int]] = defaultdict(count)
 
-    def take(self, texts: Sequence[str]) -> str:
-        return texts[next(self._turn) % len(texts)]
+    def take(self, use: str, texts: Sequence[str]) -> str:
+        return texts[next(self._turns[use]) % len(texts)]
 
     def other(self) -> bool:
-        return next(self._turn) % 2 == 1
+        return next(self._turns["other"]) % 2 == 1
 
 
 def _contrasted(
@@ -301,19 +305,19 @@ def _contrasted(
     lists = prefixes()
     if record.split == "test":
         moved = turns.other()
-        yield attack_of(record, turns.take(lists["test"])) if moved else record
+        yield attack_of(record, turns.take("test", lists["test"])) if moved else record
         for anchor in (*general, *neighbor):
             target = f"{record.id}-attack" if moved else record.id
             yield anchor.model_copy(update={"anchor_of": target})
         return
-    attack = attack_of(record, turns.take(lists["train"]))
+    attack = attack_of(record, turns.take("attack", lists["train"]))
     yield from (record, *general, *neighbor, attack)
-    for anchors, openings in ((general, lists["benign"]), (neighbor, lists["train"])):
+    for anchors, use in ((general, "benign"), (neighbor, "train")):
         for anchor in anchors[:1]:
             yield anchor.model_copy(
                 update={
                     "id": f"{anchor.id}-prefixed",
-                    "prefix": turns.take(openings),
+                    "prefix": turns.take(use, lists[use]),
                     "anchor_of": attack.id,
                     "options": None,
                     "correct": None,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unteach.engine.data.records import Record
+from unteach.engine.data.records import Record, encodable
 from unteach.engine.data.tokens import puts_space
 from unteach.engine.errors import InputError, reason
 from unteach.engine.evaluate.generate import decoded
@@ -142,7 +142,7 @@ def read_mmlu(path: Path) -> list[dict[str, Any]]:
         InputError: names file, line and field, or a subject without shots.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"MMLU file {path} cannot be read: {reason(error)}.") from error
     rows = []
@@ -173,6 +173,8 @@ def mmlu_fault(row: Any) -> str | None:
         return f"choices: must be a list of {len(LETTERS)} texts"
     if type(row.get("answer")) is not int or not 0 <= row["answer"] < len(LETTERS):
         return f"answer: must be an index from 0 to {len(LETTERS) - 1}"
+    if not encodable(row):
+        return "(some): holds half a surrogate pair, which no tokenizer reads"
     if row.get("split") not in ("dev", "test"):
         return "split: must be `dev` (a shot) or `test`"
     return None

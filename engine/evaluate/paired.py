@@ -52,7 +52,8 @@ def paired_difference(
             nobody has is left out.
         seed: of the draws.
     Returns:
-        None where a side has no questions kept, or the sides were not asked the same ones.
+        None where a side has no questions kept, the sides were not asked the same ones, or of some
+        score no question was judged on both.
     """
     names = [n for n in signs if any(n in row for row in (*first.values(), *second.values()))]
     rows = [*first.values(), *second.values()]
@@ -61,14 +62,16 @@ def paired_difference(
             return None
     if not names or not first or not second:
         return None
+    if together := first.keys() == second.keys():
+        second = {trained: second[trained] for trained in first}
     random = np.random.default_rng(seed)
     weight_RA = _drawn_seeds(random, len(first))
-    weight_RB = weight_RA if list(first) == list(second) else _drawn_seeds(random, len(second))
+    weight_RB = weight_RA if together else _drawn_seeds(random, len(second))
     value, draws = 0.0, np.zeros(DRAWS)
     for name in names:
         first_AQ, second_BQ = _judged(first, second, name)
         if not first_AQ.shape[1]:
-            continue
+            return None
         value += signs[name] * float(first_AQ.mean() - second_BQ.mean())
         count = first_AQ.shape[1]
         step = max(1, CELLS // count)

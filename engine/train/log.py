@@ -54,12 +54,14 @@ class StepSums:
             gathered: list[Any] = [None] * self.world.size
             dist.all_gather_object(gathered, bad)
             bad = [name for names in gathered for name in names]
-        where = (
-            f"of records {', '.join(bad[:8])}" if bad else "of the gradient, every loss is finite"
-        )
+        if not bad:
+            return InputError(
+                f"Step {step + 1}: the gradient is not finite, though every loss is; that step was "
+                "not taken: lower optim.lr."
+            )
         return InputError(
-            f"Step {step + 1}: the loss is not finite, because {where}; nothing was updated and "
-            "the last checkpoint is good: lower optim.lr or remove those records."
+            f"Step {step + 1}: the loss is not finite, because of records {', '.join(bad[:8])}; "
+            "that step was not taken: lower optim.lr or remove those records."
         )
 
 

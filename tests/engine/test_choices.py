@@ -141,6 +141,7 @@ def test_mmlu_with_shared_shots_equals_without_and_full_logits(tiny: Pair) -> No
         ({"choices": ["a", "b"]}, "line 2, field choices"),
         ({"split": None}, "line 2, field split"),
         ({"question": " "}, "line 2, field question"),
+        ({"question": "half \ud83d"}, "line 2, field .*surrogate"),
         ({"subject": "bare", "split": "test"}, "subject bare has no row of split `dev`"),
     ],
 )
@@ -158,6 +159,8 @@ def test_mmlu_file_faults_name_file_line_and_field(
 def test_mmlu_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "mmlu.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in mmlu_rows()))
+    assert read_mmlu(path) == mmlu_rows()
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as some editors save it
     assert read_mmlu(path) == mmlu_rows()
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match="line 18"):

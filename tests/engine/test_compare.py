@@ -235,6 +235,7 @@ def test_rows_and_rates_are_chosen_by_name() -> None:
     assert chosen_rows(None) == ROWS
     assert chosen_rows("sft, oracle") == ("oracle", "sft")
     assert chosen_rates(None, 3e-4) == pytest.approx((1e-4, 3e-4, 9e-4))
+    assert chosen_rates(None, 1.2345e-5)[1] == 1.2345e-5
     assert chosen_rates("1e-5,2e-5", 1.0) == (1e-5, 2e-5)
     with pytest.raises(InputError, match="above 0"):
         chosen_rates("1e-5,nan", 1.0)

@@ -129,8 +129,12 @@ def test_a_truth_value_is_no_number_in_a_file_and_stays_one_elsewhere(tmp_path: 
     assert (config.optim.lr, config.optim.reuse_frozen) == (1e-5, True)
 
 
-def test_a_text_may_read_as_a_number() -> None:
+def test_a_text_may_read_as_a_number_or_a_list() -> None:
     chosen = ["run.folder=2024", "model.revision=1234567", 'evaluate.extra_records={"x": "y"}']
-    config = override(Config(), [*chosen, "evaluate.extra_records.x=1e5"])
+    chosen += ["evaluate.extra_records.x=1e5", "teacher.refusal=[refused]"]
+    config = override(Config(), chosen)
     assert (config.run.folder, config.model.revision) == ("2024", "1234567")
+    assert config.teacher.refusal == "[refused]"
+    shell = override(Config(), ["evaluate.goals=[forget, attack]"])  # bash took the quotes
+    assert shell.evaluate.goals == ("forget", "attack")
     assert config.evaluate.extra_records == {"x": "1e5"}

@@ -109,6 +109,7 @@ def test_equal_seeds_are_drawn_together() -> None:
     second: dict[int | None, Questions] = {s: {"general": [20.0 * s] * 5} for s in range(3)}
     together = paired_difference(first, second)
     assert together is not None and (together.low, together.high) == pytest.approx((10.0, 10.0))
+    assert paired_difference(first, {s: second[s] for s in (2, 0, 1)}) == together
     apart = paired_difference(first, {s: second[s - 3] for s in (3, 4, 5)})
     assert apart is not None and apart.low < 0 < 30 < apart.high
 
@@ -125,5 +126,7 @@ def test_what_was_not_judged_or_not_asked() -> None:
     found = paired_difference(judged, {0: {"attack": [0.0, 0.0, None]}})
     assert found is not None and found.value == -100.0, "the first question alone counts"
     assert paired_difference({0: {}}, {0: {}}) is None
+    nothing = {0: {"attack": [None, None], "forget": [1.0]}}
+    assert paired_difference(nothing, nothing) is None, "an Overall without one of its scores"
     assert paired_difference({0: {"attack": [1.0]}}, {0: {}}) is None
     assert paired_difference({0: {"attack": [1.0]}}, {0: {"attack": [1.0, 2.0]}}) is None

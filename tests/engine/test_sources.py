@@ -395,6 +395,20 @@ def test_local_folders_take_goals_from_names_or_a_column(tmp_path: Path) -> None
         collect(SourceSettings(source="local", path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_local_rows_say_their_own_splits_and_aliases(tmp_path: Path, kind: str) -> None:
+    rows = [{**row, "split": "test", "aliases": '["Zimmerman"]'} for row in qa("asked", 5)]
+    rows += [{**row, "split": "", "aliases": ""} for row in qa("free", 5)]
+    rows += [{**row, "split": "held back", "aliases": ""} for row in qa("wrong", 1)]
+    path = tmp_path / f"forget.{kind}"
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(str(path)) if kind == "csv" else table.to_json(str(path))
+    found = collect(SourceSettings(source="local", path=str(path), test_share=0.01))
+    given = [r for r in found.records if r.aliases == ["Zimmerman"]]
+    assert len(given) == 5 and {(r.goal, r.split) for r in given} == {("forget", "test")}
+    assert found.rejects.counts["split that is none of train, tune, test"] == 1
+
+
 def test_questions_of_two_goals_or_splits_stand_once(tmp_path: Path) -> None:
     rows = qa("same", 10)
     save(tmp_path / "forget_train.jsonl", rows)

@@ -23,11 +23,11 @@ from unteach.engine import model
 from unteach.engine.config import Config, ModelConfig, override
 from unteach.engine.data import standardize_stage
 from unteach.engine.data.prompt_files import SHIPPED, load_prompts
-from unteach.engine.data.records import check_disjoint, counts, read_records
+from unteach.engine.data.records import Record, check_disjoint, counts, read_records
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.replies import Pairs, parse_reply
 from unteach.engine.data.settings import StandardizeConfig
-from unteach.engine.data.standardize import Standardizer
+from unteach.engine.data.standardize import Standardizer, _contrasted, _Turns
 from unteach.engine.data.standardize_stage import _write, standardize
 from unteach.engine.data.texts import read_passages, without_orders
 from unteach.engine.data.validate import options_fault, pair_fault, topic_fault
@@ -131,6 +131,20 @@ def test_text_becomes_records_of_all_goals_with_anchors(tmp_path: Path) -> None:
     sheet = path.with_suffix(".md").read_text()
     assert f"| answer not in the passage | {reasons['answer not in the passage']} |" in sheet
     assert "| forget and general |" in sheet and (path.parent / "domain_gap.png").stat().st_size
+
+
+@pytest.mark.parametrize("between", [0, 1, 2, 3])
+def test_every_other_held_out_question_is_attacked(between: int) -> None:
+    """However many trained questions, which take prefixes too, lie between two of them."""
+    turns, moved = _Turns(), list[Record]()
+    for index in range(24):
+        for name, split in [("test", "test"), *((f"train{i}", "train") for i in range(between))]:
+            fields = {"id": f"{name}-{index}", "goal": "forget", "question": f"{name} {index}?"}
+            record = Record.model_validate({**fields, "answer": "x", "split": split})
+            made = _contrasted(record, [], [], turns)
+            moved += [r for r in made if r.goal == "attack" and r.split == "test"]
+    assert len(moved) == 12
+    assert len({r.prefix for r in moved}) == 12
 
 
 def test_train_and_test_questions_differ_and_both_exist(tmp_path: Path) -> None:

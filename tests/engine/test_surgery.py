@@ -161,7 +161,7 @@ def test_a_gradient_of_nan_is_named_by_the_guard(direction: Any, broken: int) ->
     before = model.weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     guard = FiniteGuard(optimizer, ALONE)
-    with pytest.raises(InputError, match=r"Step 1: the loss is not finite.*of the gradient"):
+    with pytest.raises(InputError, match="Step 1: the gradient is not finite, though every"):
         guard.judge(0, StepSums(ALONE), torch.nn.utils.get_total_norm([model.weight.grad]))
         optimizer.step()
         guard.settle()

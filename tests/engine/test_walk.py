@@ -175,6 +175,22 @@ def test_scoring_and_reporting_say_what_the_model_was_made_with(
     assert (folder / "model" / "README.md").read_text(encoding="utf-8") == card
 
 
+@pytest.mark.parametrize("stage", ["evaluate", "prefixes"])
+def test_models_of_other_records_are_not_asked_as_if_these_had_made_them(
+    walked: Path, tmp_path: Path, stage: str
+) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other.jsonl"
+    shutil.copytree(walked, folder)
+    made = Path(load_config(folder / "config.yaml").data.path).read_text(encoding="utf-8")
+    other.write_text(made.replace("?", "??", 1), encoding="utf-8")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    asked = command(stage, "tiny", "--set", f"data.path={other}", folder=folder)
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "were made with another records: give the settings of that run" in done.stderr
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
 @pytest.mark.parametrize("place", ["model", "target/model", "tiny"])
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path, place: str) -> None:
     mine = tmp_path / "run" / place / "thesis.txt"
