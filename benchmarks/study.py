@@ -125,6 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     source, folder = options.run / "study", options.docs / "results"
     stem = "study" if options.split == "tune" else "study-test"
+    if not (source / f"{stem}.json").is_file():
+        parser.error(
+            f"{options.run} holds no finished study on split {options.split}: run `unteach study` "
+            "there first."
+        )
     study = json.loads((source / f"{stem}.json").read_text(encoding="utf-8"))
     lines = (source / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {row["inputs"]: row for row in map(json.loads, lines)}

@@ -21,7 +21,7 @@ from unteach.engine.data.assemble import (
     without_duplicates,
 )
 from unteach.engine.data.prompt_files import Prompts
-from unteach.engine.data.records import Goal, Record, Split, normalized
+from unteach.engine.data.records import Goal, Record, Split, normalized, question_key
 from unteach.engine.data.rejects import Rejects
 from unteach.engine.data.replies import Choices, Concepts, Pairs
 from unteach.engine.data.settings import StandardizeConfig
@@ -112,10 +112,10 @@ class Standardizer:
             self.advance(1, f"{sum(self.rejects.counts.values())} left out")
             split = self._split(passage.text)
             for place, draft in enumerate(facts.drafts):
-                if normalized(draft.question) in asked:
+                if question_key(draft.question) in asked:
                     self.rejects.add("question asked before", draft.question)
                     continue
-                asked.add(normalized(draft.question))
+                asked.add(question_key(draft.question))
                 name = f"forget-{passage.number}-{place}"
                 record = self._record(name, "forget", draft, split, passage)
                 general = [

@@ -13,7 +13,7 @@ from typing import Any
 from unteach.engine.config import Config
 from unteach.engine.data.answers import is_refusal
 from unteach.engine.data.prefix_search import answer_logps
-from unteach.engine.data.records import Record, normalized, read_records
+from unteach.engine.data.records import Record, question_key, read_records
 from unteach.engine.data.tokens import student_context
 from unteach.engine.errors import InputError
 from unteach.engine.evaluate.generate import answer_all, decoded
@@ -77,9 +77,9 @@ def read_unseen(path: str | None, records: Sequence[Record]) -> list[Record]:
     """
     if path is None:
         return []
-    trained = {normalized(record.question) for record in records if record.split == "train"}
+    trained = {question_key(record.question) for record in records if record.split == "train"}
     found = [record for record in read_records(Path(path)) if record.form == "qa"]
-    asked = [record for record in found if normalized(record.question) not in trained]
+    asked = [record for record in found if question_key(record.question) not in trained]
     if len({record.goal in TOPIC for record in asked}) < 2:
         raise InputError(
             f"{path} (evaluate.open_questions) needs questions of goal forget and of general or "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,6 +192,8 @@ def shard_model(model: PreTrainedModel, config: ParallelConfig, world: World) ->
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is not embedding.weight:
         fully_shard(embedding, **options)
+        # What goes through is a view, into which nothing is written: no matter for a warning.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .FSDPLinear. returned a")
         # The loss reads the weight after this method: it stays whole until the backward pass.
         setattr(head, HEAD_METHOD, types.MethodType(_pass_through, head))
         fully_shard(head, reshard_after_forward=False, **options)
