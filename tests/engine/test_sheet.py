@@ -117,6 +117,7 @@ def test_what_the_base_does_not_know_is_dropped_scored_and_said(
     with joined("cpu", 1) as world:
         run = open_run(override(recipe, settings), world)
         kept = training_records(run)
+        run.remember()
     scores = json.loads((tmp_path / "run/known_scores.json").read_text())
     forget = [r for r in shipped if r.goal in ("forget", "attack")]
     assert set(scores) == {r.id for r in forget}
