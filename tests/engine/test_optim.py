@@ -107,7 +107,7 @@ def test_a_step_that_is_not_finite_is_left_out_with_all_after_it(model: PreTrain
     for parameter, old, moment in zip(chosen, after, moments, strict=True):
         assert torch.equal(parameter, old)
         assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
-    with pytest.raises(InputError, match=r"Step 2: .*of the gradient"):
+    with pytest.raises(InputError, match="Step 2: the gradient is not finite"):
         guard.settle()
 
 
