@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,7 @@ def test_what_stops_a_command_is_told_and_not_left_behind(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with handled(), pytest.raises(typer.Exit) as stopped, stopping():
-        os.kill(os.getpid(), number)
-        signal.pause()
+        signal.raise_signal(number)
     assert stopped.value.exit_code == 130
     assert capsys.readouterr().err == "Stopped; the same command goes on from here.\n"
     with handled(), stopping():
