@@ -321,9 +321,9 @@ def override(config: Config, settings: Sequence[str]) -> Config:
         name, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting} has no '=': write section.key=value.")
-        value = _value(text)
+        value, is_json = _value(text)
         put(tree, name, value, names)
-        if isinstance(value, int | float | list):
+        if isinstance(value, int | float) or not is_json:
             texts[name] = text
     try:
         Config.model_validate(tree)
@@ -333,16 +333,17 @@ def override(config: Config, settings: Sequence[str]) -> Config:
     return validated(tree)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> tuple[Any, bool]:
+    """What a setting is written to be, and whether that is JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text), True
     except ValueError:
         if not (text.startswith("[") and text.endswith("]")):
-            return text
+            return text, False
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(text), False
     except yaml.YAMLError:
-        return text
+        return text, False
 
 
 def validated(tree: Mapping[str, Any]) -> Config:

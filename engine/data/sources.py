@@ -83,7 +83,7 @@ def collect(settings: SourceSettings, *, rejects: Rejects | None = None) -> Coll
     for part, rows in parts:
         for record, wrong in _records(name, part, rows, settings, rejects):
             drafts.append(record)
-            if "split" in record.model_fields_set:
+            if "split" in record.model_fields_set:  # the row says it
                 fixed[record.id] = record.split
             elif part.held is not None:
                 fixed[record.id] = part.held

@@ -192,7 +192,7 @@ def shard_model(model: PreTrainedModel, config: ParallelConfig, world: World) ->
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is not embedding.weight:
         fully_shard(embedding, **options)
-        # What goes through is a view, into which nothing is written: no matter for a warning.
+        # FSDP2 warns of writing into what a unit returns as a view; nothing writes into this one.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .FSDPLinear. returned a")
         # The loss reads the weight after this method: it stays whole until the backward pass.
         setattr(head, HEAD_METHOD, types.MethodType(_pass_through, head))

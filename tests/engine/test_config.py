@@ -88,6 +88,7 @@ def test_override_reads_json_and_text() -> None:
         ("method.weights.forget=NaN", "method.weights.forget: Input should be a finite number"),
         ("method.weights.forget=Infinity", "method.weights.forget: Input should be a finite"),
         ("method.weights.forget=-1", "method.weights.forget: Input should be greater"),
+        ('run.folder=["runs"]', "run.folder: Input should be a valid string"),
         (
             'method.weights={"forget": 0, "general": 0, "neighbor": 0, "attack": 0}',
             "method.weights: some goal must weigh more than 0",
