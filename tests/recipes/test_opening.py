@@ -14,9 +14,14 @@ from unteach.recipes.opening import stopping
 
 @contextmanager
 def handled() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    yield
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    """As in a terminal: what a shell starts in the background ignores SIGINT."""
+    shell = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGINT, shell)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
